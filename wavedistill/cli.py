@@ -1,0 +1,198 @@
+"""The command line `wavedistill`."""
+
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from wavedistill import __version__, audio
+from wavedistill.checkpoint import Checkpoint, load_model
+from wavedistill.config import load_recipe
+from wavedistill.data import random_stream
+from wavedistill.errors import RecipeError, UserError
+from wavedistill.experiment import Experiment, run_stage
+from wavedistill.progress import note
+from wavedistill.sampling import sample
+from wavedistill.stages import STAGES
+
+app = typer.Typer(
+    name="wavedistill",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+    help="""Distil a sequential WaveNet teacher into a parallel student, and compare the two.
+
+A recipe (a TOML file) describes one experiment; its stages run in order and leave their files in `exp/<recipe name>/`:
+**prepare**, **teacher**, **student**, **evaluate**, **benchmark**, **report**.
+
+Examples:
+
+- `wavedistill run recipes/demo.toml` - everything, from a corpus to a report
+- `wavedistill run my.toml --from teacher --until student` - the two trainings
+- `wavedistill teacher my.toml --set teacher.training.steps=20000` - one stage, one setting changed
+- `wavedistill generate exp/demo/student/checkpoint.pt speech.wav --out out` - a waveform from a checkpoint
+""",
+)
+
+StageName = StrEnum("StageName", {name: name for name in STAGES})  # type: ignore[misc]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The TOML file that describes the experiment.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. `teacher.training.steps=500`; repeatable."),
+]
+Root = Annotated[Path, typer.Option("--exp", metavar="DIR", help="The folder that holds the experiments' folders.")]
+Device = Annotated[
+    str, typer.Option(metavar="DEVICE", help="`auto` takes a GPU if there is one; else `cpu`, `cuda`, `cuda:1`, `mps`.")
+]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    first: Annotated[StageName, typer.Option("--from", help="The first stage to run.")] = StageName("prepare"),
+    last: Annotated[StageName, typer.Option("--until", help="The last stage to run.")] = StageName("report"),
+    overrides: Overrides = None,
+    root: Root = Path("exp"),
+    device: Device = "auto",
+) -> None:
+    """Run the stages of a recipe in order; those whose inputs and settings have not changed do nothing.
+
+    To run a stage again all the same, delete the file it wrote.
+    """
+    names = list(STAGES)
+    chosen = names[names.index(first) : names.index(last) + 1]
+    if not chosen:
+        raise typer.BadParameter(f"--from {first} comes after --until {last}; the order is {', '.join(names)}")
+    _run(chosen, recipe, overrides, root, device)
+
+
+def _add_stage(name: str) -> None:
+    def command(
+        recipe: RecipePath, overrides: Overrides = None, root: Root = Path("exp"), device: Device = "auto"
+    ) -> None:
+        _run([name], recipe, overrides, root, device)
+
+    app.command(name, help=f"{STAGES[name].summary} (one stage)", rich_help_panel="Single stages")(command)
+
+
+for _name in STAGES:
+    _add_stage(_name)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint.pt of a teacher or a student.")
+    ],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="INPUT...", help="Audio to synthesise anew, or log-mels as `.npy` of shape (n_mels, frames)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the wav files go, named after the inputs.")],
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same noise.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Scale of the noise; below 1 is cleaner and less varied.")
+    ] = 1.0,
+    device: Device = "auto",
+) -> None:
+    """Draw waveforms from a checkpoint: a teacher sample by sample, a student all at once.
+
+    The output is 16-bit wav of exactly frames x hop samples. Audio may have any rate, format and number of channels; it
+    is brought to the level of the training data, and the output back.
+
+    Example: `wavedistill generate exp/demo/student/checkpoint.pt *.wav mel.npy --out out`
+    """
+    loaded = load_model(checkpoint, _device(device))
+    outputs = [out / f"{path.stem}.wav" for path in inputs]
+    for path, target in zip(inputs, outputs, strict=True):
+        if outputs.count(target) > 1:
+            raise UserError(f"{path}: another input of the same name would also become {target}; run them one by one")
+        if target.resolve() == path.resolve():
+            raise UserError(f"{path}: --out {out} would overwrite this input; give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for path, target in zip(inputs, outputs, strict=True):
+        wave, clipped = _synthesise(loaded, path, seed, temperature)
+        audio.write(target, wave, loaded.recipe.audio.sample_rate)
+        typer.echo(f"{target}: {len(wave) / loaded.recipe.audio.sample_rate:.2f} s")
+        if clipped:
+            note(f"{target}: {clipped} samples were louder than 16 bits hold and are clipped")
+
+
+def _synthesise(loaded: Checkpoint, path: Path, seed: int, temperature: float) -> tuple[Tensor, int]:
+    """The waveform (T,) for one input file, and how many of its samples clip."""
+    settings, context = loaded.recipe.audio, loaded.recipe.conditioning.context
+    if path.suffix.lower() == ".npy":
+        mel, gain = audio.pad_frames(audio.read_log_mel(path, settings.n_mels)[None], context), 1.0
+    else:
+        samples = audio.pad_to_hops(audio.read(path, settings.sample_rate), settings.hop_length)
+        gain = audio.level_gain(samples, settings.level_db)
+        mel = audio.LogMel(settings).of_file(samples[None] * gain, context)
+    device = next(loaded.model.parameters()).device
+    length = (mel.shape[-1] - 2 * context) * settings.hop_length
+    noise = loaded.model.base.noise((1, length), random_stream(seed)).to(device) * temperature
+    with torch.inference_mode():
+        distribution = loaded.model(mel.to(device))
+    label = path.name if loaded.kind == "teacher" else None
+    wave = sample(distribution, noise, label=label)[0].cpu() / gain
+    return wave, int((wave.abs() > 1).sum())
+
+
+def _run(names: list[str], path: Path, overrides: list[str] | None, root: Path, device: str) -> None:
+    recipe = load_recipe(path, overrides or [])
+    experiment = Experiment(recipe, root / recipe.name, _device(device))
+    for name in names:
+        typer.echo(run_stage(STAGES[name], experiment))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try cpu") from error
+    return device
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"wavedistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in one clear message, 2 for usage and recipes, 1 for everything else."""
+    # TensorFlow-style start-up chatter of TensorBoard's dependencies has no place in a stage's output.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        app()
+    except RecipeError as error:
+        sys.exit(_fail(error, 2))
+    except UserError as error:
+        sys.exit(_fail(error, 1))
+
+
+def _fail(error: Exception, code: int) -> int:
+    typer.echo(f"wavedistill: {error}", err=True)
+    return code

@@ -1,0 +1,334 @@
+"""Frozen, validated description of one experiment; nothing else reads TOML."""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from wavedistill.errors import RecipeError
+
+# TOML has arrays only, so a tuple of a recipe arrives as a list.
+Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
+Fraction = Annotated[float, Field(gt=0, lt=0.5)]
+
+
+class Section(BaseModel):
+    """A table of a recipe: unknown keys and wrong types are errors, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class NanottsCorpus(Section):
+    """Speech made on the spot by the offline synthesiser of the `py-nanotts` package."""
+
+    kind: Literal["nanotts"]
+    text: str
+    """Text file with one sentence a line."""
+    voice: Literal["en-US", "en-GB", "de-DE", "es-ES", "fr-FR", "it-IT"]
+    limit: PositiveInt | None = None
+    """Use only the first so many sentences."""
+
+
+class FolderCorpus(Section):
+    """Every wav, flac and ogg file below a folder."""
+
+    kind: Literal["folder"]
+    path: str
+    skip_unreadable: bool = False
+    """Leave out files that hold no audio instead of stopping."""
+    limit: PositiveInt | None = None
+    """Use only the first so many files, in the order of their paths."""
+
+
+Corpus = Annotated[NanottsCorpus | FolderCorpus, Field(discriminator="kind")]
+
+
+class Audio(Section):
+    """Units of the waveform and of its log-mel; shared by every stage."""
+
+    sample_rate: PositiveInt
+    """Hz."""
+    hop_length: PositiveInt
+    """Samples a mel frame."""
+    n_fft: PositiveInt
+    """Samples of the analysis window."""
+    n_mels: PositiveInt
+    f_min: Annotated[float, Field(ge=0)]
+    """Hz."""
+    f_max: PositiveFloat
+    """Hz."""
+    level_db: Annotated[float, Field(lt=0)]
+    """RMS level every utterance is brought to, in dB relative to full scale."""
+
+    @property
+    def overlap(self) -> int:
+        """Samples that a mel frame sees beyond its hop, on either side."""
+        return (self.n_fft - self.hop_length) // 2
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Audio":
+        if self.n_fft < self.hop_length or (self.n_fft - self.hop_length) % 2:
+            raise ValueError(
+                f"n_fft = {self.n_fft} must exceed hop_length = {self.hop_length} by an even number, so that frame k is "
+                f"centred on its hop; for instance n_fft = {self.hop_length * 4}"
+            )
+        if not self.f_min < self.f_max <= self.sample_rate / 2:
+            raise ValueError(
+                f"f_min = {self.f_min} and f_max = {self.f_max} must satisfy f_min < f_max <= sample_rate / 2; "
+                f"for instance f_max = {self.sample_rate / 2}"
+            )
+        return self
+
+
+class Prepare(Section):
+    """How a corpus becomes utterances."""
+
+    trim_db: PositiveFloat
+    """Silence at either end, this far below the loudest part, is cut off."""
+    min_seconds: PositiveFloat
+    """Shorter utterances are left out."""
+    max_seconds: PositiveFloat
+    """Longer ones are cut at quiet places."""
+    valid_fraction: Fraction
+    test_fraction: Fraction
+
+
+class Conditioning(Section):
+    """The network that turns log-mel frames into features; teacher and student have one each."""
+
+    channels: PositiveInt
+    context: NonNegativeInt
+    """Frames seen on either side."""
+    upsample: Integers
+    """Factors from frames to samples; their product is the hop length, the last one is plain repetition."""
+
+
+class Network(Section):
+    """A WaveNet's width and shape."""
+
+    channels: PositiveInt
+    skip_channels: PositiveInt
+    dilation_cycle: PositiveInt
+    """Layer i has dilation 2 ** (i mod dilation_cycle)."""
+    kernel_size: Annotated[int, Field(ge=2)]
+
+
+class Training(Section):
+    """One optimisation by Adam, with a linear warm-up and a cosine decay of the learning rate."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    segment_frames: PositiveInt
+    """Mel frames of each random crop."""
+    learning_rate: PositiveFloat
+    warmup_steps: NonNegativeInt
+    grad_clip: PositiveFloat
+    """Largest norm of the gradient."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    """Decay of the moving average of the weights; the average is what is validated and kept."""
+    validate_every: PositiveInt
+    """Steps between validations; a checkpoint is written at each."""
+    validate_batches: PositiveInt
+    """Batches of the validation split, the same each time."""
+
+
+class Teacher(Section):
+    """The masked autoregressive flow that is trained by maximum likelihood."""
+
+    base: Literal["normal", "logistic"]
+    layers: PositiveInt
+    min_log_scale: Annotated[float, Field(lt=0)]
+    """Lower bound of log_scale, in nats relative to the level of the data."""
+    network: Network
+    training: Training
+
+
+class StudentLoss(Section):
+    """Weights of the distillation objective's terms."""
+
+    kl: Annotated[float, Field(ge=0)]
+    spectral: Annotated[float, Field(ge=0)]
+
+
+class Student(Section):
+    """The inverse autoregressive flows that are distilled from the teacher."""
+
+    base: Literal["normal", "logistic"]
+    flow_layers: Integers
+    """Layers of each flow, from noise to waveform."""
+    min_log_scale: Annotated[float, Field(lt=0)]
+    """Lower bound of each flow's log_scale, in nats relative to the level of the data."""
+    spectral_n_ffts: Integers
+    """Window lengths of the spectral term, in samples."""
+    loss: StudentLoss
+    network: Network
+    training: Training
+
+
+class Evaluate(Section):
+    """What `evaluate` synthesises and scores."""
+
+    clips: PositiveInt
+    """Test utterances that are synthesised."""
+    max_seconds: PositiveFloat
+    """Each is cut to this length."""
+    kl_draws: PositiveInt
+    """Noise draws for each test utterance."""
+    temperature: PositiveFloat
+    """Scale of the teacher's and the student's noise."""
+
+
+class Benchmark(Section):
+    """What `benchmark` times."""
+
+    seconds: Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)]
+    """Durations of the waveform drawn, the same for the cached and the parallel sampler."""
+    naive_samples: PositiveInt
+    """Samples timed of the naive sampler, whose cost grows linearly."""
+    threads: Integers
+    """CPU threads."""
+    repeats: PositiveInt
+    """Timed runs after one warm-up."""
+
+
+class Recipe(Section):
+    """One experiment, from corpus to report."""
+
+    name: str
+    """The recipe file's name without its ending; names the experiment's folder."""
+    seed: NonNegativeInt
+    corpus: Corpus
+    audio: Audio
+    prepare: Prepare
+    conditioning: Conditioning
+    teacher: Teacher
+    student: Student
+    evaluate: Evaluate
+    benchmark: Benchmark
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        product, hop = math.prod(self.conditioning.upsample), self.audio.hop_length
+        if product != hop:
+            raise ValueError(
+                f"conditioning.upsample = {list(self.conditioning.upsample)} multiplies to {product}, but "
+                f"audio.hop_length = {hop}; change either, for instance conditioning.upsample = {_factors(hop)}"
+            )
+        segment = self.student.training.segment_frames * hop
+        longest = max(self.student.spectral_n_ffts)
+        if longest > segment:
+            raise ValueError(
+                f"student.spectral_n_ffts has a window of {longest} samples, but student.training.segment_frames = "
+                f"{self.student.training.segment_frames} gives segments of {segment}; shorten the window, or use "
+                f"segment_frames = {math.ceil(longest / hop)} or more"
+            )
+        return self
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe file.
+
+    Args:
+        path: the TOML file.
+        overrides: settings of the form `section.key=value`, the value in TOML; a bare word is a string.
+
+    Raises:
+        RecipeError: if the file cannot be read, or does not describe an experiment; names every faulty key.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from error
+    if "name" in data:
+        raise RecipeError(f"{path}: name: unknown key; the file's own name names the experiment: remove the line")
+    for override in overrides:
+        _override(data, override)
+    return validate_recipe({**data, "name": path.stem}, str(path))
+
+
+def validate_recipe(data: dict[str, Any], source: str) -> Recipe:
+    """Validate a recipe given as nested dictionaries; `source` names it in errors.
+
+    Raises:
+        RecipeError: if it does not describe an experiment; names every faulty key.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(item["type"], item["loc"], item["msg"], item["input"]) for item in error.errors()]
+        raise RecipeError("\n".join(f"{source}: {line}" for line in lines)) from error
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise RecipeError(f"--set {override}: expected key=value, for instance --set teacher.training.steps=500")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = (part.strip() for part in key.split("."))
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"--set {override}: {section} is a value, not a section")
+    data[last] = value
+
+
+def _explain(kind: str, location: tuple[int | str, ...], message: str, value: object) -> str:
+    """One line for one fault: the key, the value, and the fix."""
+    # Below `corpus`, pydantic puts the union's tag into the location; it is no key of the file.
+    keys = [str(part) for i, part in enumerate(location) if not (i == 1 and location[0] == "corpus")]
+    key = ".".join(keys)
+    match kind:
+        case "extra_forbidden":
+            known = _fields(location[:-1])
+            close = difflib.get_close_matches(keys[-1], known, n=1)
+            return f"{key}: unknown key; " + (
+                f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+            )
+        case "missing":
+            return f"{key}: missing; add it"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return f"{key}: {message}"
+        case "value_error":
+            return (
+                message.removeprefix("Value error, ") if not key else f"{key}: {message.removeprefix('Value error, ')}"
+            )
+        case _:
+            return f"{key} = {value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _fields(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the keys that the section at a location may hold."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
+        if annotation is None:  # the union's tag
+            section = next(
+                m for m in get_args(get_args(Corpus)[0]) if get_args(m.model_fields["kind"].annotation)[0] == part
+            )
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+    return [name for name in section.model_fields if section is not Recipe or name != "name"]
+
+
+def _factors(hop: int) -> list[int]:
+    """A sensible upsampling for a hop: a small learned factor, then repetition."""
+    first = next((f for f in (4, 5, 3, 2) if hop % f == 0), 1)
+    return [first, hop // first] if first > 1 else [hop]

@@ -1,0 +1,109 @@
+"""Where speech comes from: each kind of corpus as a list of sources that can be read one by one."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchaudio
+from torch import Tensor
+
+from wavedistill import audio
+from wavedistill.config import Corpus, FolderCorpus, NanottsCorpus
+from wavedistill.errors import CorpusError
+
+NANOTTS_SAMPLE_RATE = 16000
+
+
+class Source(NamedTuple):
+    """One recording of a corpus.
+
+    Attributes:
+        name: unique in the corpus, fit for a file name.
+        origin: what a person would call it, for messages and the manifest.
+        read: gives its mono audio (T,) in [-1, 1] at a sample rate in Hz, or raises `AudioError`.
+    """
+
+    name: str
+    origin: str
+    read: Callable[[int], Tensor]
+
+
+def sources(corpus: Corpus) -> list[Source]:
+    """All recordings of a corpus, in a fixed order.
+
+    Raises:
+        CorpusError: if there are none, or what makes them is missing.
+    """
+    return (_nanotts(corpus) if isinstance(corpus, NanottsCorpus) else _folder(corpus))[: corpus.limit]
+
+
+def state(corpus: Corpus) -> list[str]:
+    """What must not change for a prepared corpus to stay current: the text, or each file's path, size and time."""
+    if isinstance(corpus, NanottsCorpus):
+        return _sentences(corpus)
+    return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in _files(corpus)]
+
+
+def _nanotts(corpus: NanottsCorpus) -> list[Source]:
+    try:
+        from py_nanotts import NanoTTS
+    except ImportError as error:
+        raise CorpusError(
+            f"corpus.kind = 'nanotts' needs the package py-nanotts ({error}): pip install 'wavedistill[demo]'"
+        ) from error
+    synthesiser = NanoTTS()
+
+    def read(sentence: str, sample_rate: int) -> Tensor:
+        # Half the default volume: at full volume the synthesiser clips.
+        pcm = synthesiser.speak(sentence, voice=corpus.voice, volume=0.5)
+        samples = torch.from_numpy(np.frombuffer(pcm, "<i2").astype(np.float32) / audio.PCM16_STEPS)
+        return torchaudio.functional.resample(samples, NANOTTS_SAMPLE_RATE, sample_rate)
+
+    return [
+        Source(f"{line:05d}", f"{corpus.text}, sentence {line}", partial(read, sentence))
+        for line, sentence in enumerate(_sentences(corpus), 1)
+    ]
+
+
+def _sentences(corpus: NanottsCorpus) -> list[str]:
+    path = Path(corpus.text)
+    try:
+        sentences = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"corpus.text = {corpus.text!r}: cannot be read as UTF-8 text: {error}") from error
+    if not sentences:
+        raise CorpusError(f"corpus.text = {corpus.text!r}: holds no sentences; write one a line")
+    return sentences
+
+
+def _folder(corpus: FolderCorpus) -> list[Source]:
+    root = Path(corpus.path)
+    return [
+        Source(_name(index, path), str(path.relative_to(root)), partial(audio.read, path))
+        for index, path in enumerate(_files(corpus), 1)
+    ]
+
+
+def _name(index: int, path: Path) -> str:
+    """A unique name that still shows where it comes from: two folders may hold files of one name."""
+    return f"{index:05d}_{''.join(c if c.isalnum() or c in '-_' else '_' for c in path.stem)}"
+
+
+def _files(corpus: FolderCorpus) -> Sequence[Path]:
+    root = Path(corpus.path)
+    if not root.is_dir():
+        problem = "is a file, not a folder" if root.exists() else f"does not exist (looked at {root.absolute()})"
+        raise CorpusError(f"corpus.path = {corpus.path!r}: {problem}; give the folder that holds your recordings")
+    # Names with a leading dot are other programs' own, for instance macOS's "._take1.wav".
+    files = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in audio.AUDIO_SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
+    if not files:
+        kinds = ", ".join(sorted(audio.AUDIO_SUFFIXES))
+        raise CorpusError(f"corpus.path = {corpus.path!r}: holds no audio file ({kinds}), nor do its subfolders")
+    return files

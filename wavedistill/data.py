@@ -1,0 +1,158 @@
+"""The prepared corpus: a manifest of utterances, whole or in hop-aligned random segments."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+
+import numpy as np
+import soundfile
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from wavedistill.audio import PCM16_STEPS
+from wavedistill.config import Audio
+from wavedistill.errors import CorpusError
+
+Split = Literal["train", "valid", "test"]
+
+
+class Utterance(BaseModel):
+    """One prepared clip.
+
+    Attributes:
+        name: of the clip; its audio is `audio/<name>.wav` beside the manifest.
+        source: the file of the corpus it comes from.
+        split: the part of the corpus it belongs to.
+        frames: its length in hops.
+        gain: the factor between the source's samples and the clip's; it shifts a log density by -log(gain) a sample.
+        sha256: of the clip's file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    source: str
+    split: Split
+    frames: int
+    gain: float
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """All utterances of a prepared corpus, and the units they are in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    audio: Audio
+    utterances: list[Utterance]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a manifest.
+
+        Raises:
+            CorpusError: if the file is not a manifest.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValidationError) as error:
+            raise CorpusError(f"{path}: not a manifest: run the prepare stage again") from error
+
+    def of(self, split: Split) -> list[Utterance]:
+        """The utterances of one split."""
+        return [utterance for utterance in self.utterances if utterance.split == split]
+
+    def seconds(self, split: Split) -> float:
+        """Total duration of one split."""
+        return sum(u.frames for u in self.of(split)) * self.audio.hop_length / self.audio.sample_rate
+
+
+class Batch(NamedTuple):
+    """A batch of segments and the audio that their log-mels are computed from.
+
+    Attributes:
+        audio: (B, F * hop) the segments.
+        surroundings: (B, (F + 2 context) * hop + 2 overlap) the segments and their neighbourhood, silent outside the file.
+        inside: (B, F + 2 context) whether a frame lies inside its file.
+    """
+
+    audio: Tensor
+    surroundings: Tensor
+    inside: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return Batch(*(tensor.to(device) for tensor in self))
+
+
+class Segments:
+    """Hop-aligned segments of one split, with the surroundings their log-mels need.
+
+    Args:
+        manifest: the prepared corpus.
+        folder: the folder of its audio files.
+        split: the part to draw from.
+        frames: length of a segment in hops.
+        context: mel frames needed on either side of it.
+    """
+
+    def __init__(self, manifest: Manifest, folder: Path, split: Split, *, frames: int, context: int) -> None:
+        self.folder, self.frames, self.context = folder, frames, context
+        self.hop_length, self.overlap = manifest.audio.hop_length, manifest.audio.overlap
+        self.utterances = [u for u in manifest.of(split) if u.frames >= frames]
+        if not self.utterances:
+            longest = max((u.frames for u in manifest.of(split)), default=0)
+            raise CorpusError(
+                f"no utterance of the {split} split has {frames} frames (the longest has {longest}): "
+                "lower segment_frames, or add longer recordings"
+            )
+        self._weights = torch.tensor([u.frames - frames + 1 for u in self.utterances], dtype=torch.float64)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """A batch of random segments, every position of the corpus equally likely."""
+        chosen = torch.multinomial(self._weights, batch_size, replacement=True, generator=generator)
+        offsets = torch.rand(batch_size, generator=generator, dtype=torch.float64)
+        segments = []
+        for index, offset in zip(chosen.tolist(), offsets.tolist(), strict=True):
+            utterance = self.utterances[index]
+            segments.append(self.cut(utterance, int(offset * (utterance.frames - self.frames + 1))))
+        return Batch(*(torch.stack(tensors) for tensors in zip(*segments, strict=True)))
+
+    def cut(self, utterance: Utterance, first_frame: int) -> Batch:
+        """The segment that starts at a frame of an utterance, without a batch axis."""
+        margin = self.context * self.hop_length + self.overlap
+        start, length = first_frame * self.hop_length, self.frames * self.hop_length
+        surroundings = read_samples(self.folder, utterance, start - margin, length + 2 * margin)
+        frames = torch.arange(first_frame - self.context, first_frame + self.frames + self.context)
+        inside = (frames >= 0) & (frames < utterance.frames)
+        return Batch(surroundings[margin : margin + length], surroundings, inside)
+
+
+def read_samples(folder: Path, utterance: Utterance, start: int = 0, length: int | None = None) -> Tensor:
+    """Samples (length,) of an utterance in [-1, 1) from position start on, zero outside the file; all by default."""
+    path = folder / f"{utterance.name}.wav"
+    try:
+        with soundfile.SoundFile(path) as file:
+            length = file.frames if length is None else length
+            first, last = max(start, 0), min(start + length, file.frames)
+            out = np.zeros(length, np.float32)
+            file.seek(first)
+            out[first - start : last - start] = file.read(last - first, dtype="float32")
+    except soundfile.SoundFileError as error:
+        raise CorpusError(f"{path}: cannot be read: run the prepare stage again with --from prepare") from error
+    return torch.from_numpy(out)
+
+
+def dequantise(audio: Tensor, generator: torch.Generator) -> Tensor:
+    """Add uniform noise of one 16-bit step, centred on zero, so that a continuous density fits 16-bit audio."""
+    noise = torch.rand(audio.shape, generator=generator, device=generator.device).to(audio.device) - 0.5
+    return audio + noise / PCM16_STEPS
+
+
+def random_stream(*entropy: int) -> torch.Generator:
+    """A generator on the CPU for one purpose, given by whole numbers such as a seed, a purpose and a step.
+
+    Streams of different numbers are independent; drawing on the CPU gives the same noise on every device.
+    """
+    (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state) >> 1)

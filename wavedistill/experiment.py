@@ -1,0 +1,121 @@
+"""The folder of one experiment: where the stages leave their files, and whether these are still current."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wavedistill.checkpoint import Kind
+from wavedistill.config import Recipe
+from wavedistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe, the folder its files live in, and the device it computes on."""
+
+    recipe: Recipe
+    root: Path
+    device: torch.device
+
+    @property
+    def manifest(self) -> Path:
+        """The list of prepared utterances."""
+        return self.root / "manifest.json"
+
+    @property
+    def audio(self) -> Path:
+        """The folder of prepared utterances."""
+        return self.root / "audio"
+
+    def training(self, kind: Kind) -> Path:
+        """The folder of one model's training: checkpoints and TensorBoard logs."""
+        return self.root / kind
+
+    def checkpoint(self, kind: Kind) -> Path:
+        """The trained model."""
+        return self.training(kind) / "checkpoint.pt"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of synthesised test utterances, a subfolder for each system."""
+        return self.root / "samples"
+
+    @property
+    def metrics(self) -> Path:
+        """Densities and scores."""
+        return self.root / "metrics.json"
+
+    @property
+    def benchmark(self) -> Path:
+        """Sampling speed."""
+        return self.root / "benchmark.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows it all."""
+        return self.root / "report.html"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline; stages meet only through files.
+
+    Attributes:
+        name: of its command.
+        summary: one line of help.
+        settings: what it depends on besides its input files, as plain values.
+        inputs: the files it reads.
+        outputs: the files whose presence shows that it is done.
+        run: does the work and returns one line of result.
+    """
+
+    name: str
+    summary: str
+    settings: Callable[[Experiment], Any]
+    inputs: Callable[[Experiment], Iterable[Path]]
+    outputs: Callable[[Experiment], Iterable[Path]]
+    run: Callable[[Experiment], str]
+
+
+def run_stage(stage: Stage, experiment: Experiment) -> str:
+    """Run a stage unless its inputs and settings are those of its last run; returns one line that says what happened.
+
+    Raises:
+        UserError: if an input is missing.
+    """
+    for path in stage.inputs(experiment):
+        if not path.exists():
+            raise UserError(f"{path}: missing, and the {stage.name} stage needs it: run the stages before it first")
+    now = fingerprint(stage.settings(experiment), stage.inputs(experiment))
+    stamp = experiment.root / ".stamps" / stage.name
+    if stamp.is_file() and stamp.read_text() == now and all(path.exists() for path in stage.outputs(experiment)):
+        return f"{stage.name}: up to date"
+    experiment.root.mkdir(parents=True, exist_ok=True)
+    result = stage.run(experiment)
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.write_text(now)
+    return f"{stage.name}: {result}"
+
+
+def fingerprint(settings: Any, inputs: Iterable[Path]) -> str:
+    """A digest of plain values and of files' contents."""
+    digests = [sha256(path) for path in inputs]
+    return hashlib.sha256(json.dumps([settings, digests], sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values as JSON, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,111 @@
+"""The ways to draw a waveform; every sequential loop lives here.
+
+An autoregressive bijection has one direction that takes T steps: there, the conditioner reads the very side that is
+being produced (x of the teacher, or z of a student flow that is inverted). A `Solver` computes that direction.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from wavedistill.flows import AutoregressiveAffine, Composition, FlowDistribution, Transform
+from wavedistill.models import AffineWaveNet
+from wavedistill.progress import progress
+
+Solver = Callable[[AutoregressiveAffine, Tensor, Tensor | None, str | None], Tensor]
+
+
+def naive(
+    flow: AutoregressiveAffine, given: Tensor, context: Tensor | None, label: str | None = None, start: int = 0
+) -> Tensor:
+    """The sequential direction of one flow, by running the network over its receptive field again for every sample.
+
+    The reference that every faster solver must equal; never optimised.
+
+    Args:
+        flow: the autoregressive flow.
+        given: the known side (B, T).
+        context: conditioning features (B, F', C), or None.
+        label: of a progress bar, or None for none.
+
+    Returns:
+        The other side (B, T).
+    """
+    wavenet = conditioner_of(flow).wavenet
+    out = torch.zeros_like(given)
+    for t in _steps(start, given.shape[1], label):
+        # A window that starts on a feature boundary and holds at least the receptive field, and t itself.
+        first = max(0, t - wavenet.receptive_field) // wavenet.repeat
+        window = None if context is None else context[:, first:]
+        shift, log_scale = flow.conditioner(out[:, first * wavenet.repeat : t + 1], window)
+        out[:, t] = _solve(flow, given[:, t], shift[:, -1], log_scale[:, -1])
+    return out
+
+
+def cached(flow: AutoregressiveAffine, given: Tensor, context: Tensor | None, label: str | None = None) -> Tensor:
+    """The sequential direction of one flow, one network step a sample with ring buffers; arguments as in `naive`."""
+    conditioner = conditioner_of(flow)
+    state = conditioner.initial_state(len(given), context)
+    given_steps = given.t().contiguous()  # (B, T) -> (T, B)
+    out = torch.empty_like(given_steps)
+    previous = torch.zeros_like(given_steps[0])
+    for t in _steps(0, len(given_steps), label):
+        shift, log_scale, state = conditioner.step(previous, state)
+        previous = out[t] = _solve(flow, given_steps[t], shift, log_scale)
+    return out.t()
+
+
+@torch.inference_mode()
+def sample(distribution: FlowDistribution, noise: Tensor, solver: Solver = cached, label: str | None = None) -> Tensor:
+    """The waveform x (B, T) that the base noise (B, T) maps to: in parallel where the flow allows, else by the solver.
+
+    A lower temperature is noise scaled by it.
+    """
+    x = noise
+    for part in _parts(distribution.transform):
+        if isinstance(part, AutoregressiveAffine) and part.reads == "x":
+            x = solver(part, x, distribution.context, label)
+        else:
+            x, _ = part(x, distribution.context)
+    return x
+
+
+@torch.inference_mode()
+def invert(distribution: FlowDistribution, x: Tensor, solver: Solver = cached) -> tuple[Tensor, Tensor]:
+    """The noise z (B, T) of a waveform x (B, T) and the per-step log density (B, T) of x, for a flow of any kind."""
+    log_prob = torch.zeros_like(x)
+    for part in reversed(_parts(distribution.transform)):
+        if isinstance(part, AutoregressiveAffine) and part.reads == "z":
+            z = solver(part, x, distribution.context, None)
+            _, ladj = part(z, distribution.context)
+            x, log_prob = z, log_prob - ladj
+        else:
+            x, ladj = part.inverse(x, distribution.context)
+            log_prob = log_prob + ladj
+    return x, log_prob + distribution.base.log_prob(x)
+
+
+def conditioner_of(flow: AutoregressiveAffine) -> AffineWaveNet:
+    """The network of a flow, which can be evaluated step by step.
+
+    Raises:
+        TypeError: if the flow has another kind of conditioner.
+    """
+    if not isinstance(flow.conditioner, AffineWaveNet):
+        raise TypeError(f"sequential sampling steps an AffineWaveNet, not a {type(flow.conditioner).__name__}")
+    return flow.conditioner
+
+
+def _parts(transform: Transform) -> list[Transform]:
+    return transform.transforms if isinstance(transform, Composition) else [transform]
+
+
+def _solve(flow: AutoregressiveAffine, given: Tensor, shift: Tensor, log_scale: Tensor) -> Tensor:
+    return (flow.to_x if flow.reads == "x" else flow.to_z)(given, shift, log_scale)[0]
+
+
+def _steps(start: int, stop: int, label: str | None) -> Iterable[int]:
+    if label is None:
+        return range(start, stop)
+    return progress(iterable=range(start, stop), desc=label, unit="sample", unit_scale=True, leave=False)

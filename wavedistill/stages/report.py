@@ -1,0 +1,168 @@
+"""Show the experiment on one self-contained page: sound, spectrograms, losses, speed and scores."""
+
+import base64
+import io
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import soundfile
+import torch
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from wavedistill import __version__
+from wavedistill.audio import LogMel
+from wavedistill.checkpoint import Kind
+from wavedistill.experiment import Experiment, Stage
+
+SYSTEMS = {
+    "recorded": "Recorded",
+    "teacher": "Teacher (sequential)",
+    "student": "Student (parallel)",
+    "griffin_lim": "Griffin-Lim (no model)",
+}
+SCORES = {
+    "pesq_wb": ("PESQ-wb", "1 to 4.6, higher is better"),
+    "stoi": ("STOI", "0 to 1, higher is better"),
+    "lsd_db": ("Log-spectral distance, dB", "lower is better"),
+    "level_difference_db": ("Level difference, dB", "near 0"),
+    "periodicity": ("Periodicity of voiced parts", "a whisper is near 0, speech near 1"),
+}
+SHOWN_CLIPS = 3
+WHISPER = 0.75
+"""Share of the recording's periodicity below which voiced speech is called a whisper."""
+
+
+def run(experiment: Experiment) -> str:
+    """Write `report.html`; returns a line of result."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("wavedistill.stages"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    found = json.loads(experiment.metrics.read_text())
+    benchmark = json.loads(experiment.benchmark.read_text())
+    page = environment.get_template("report.html.j2").render(
+        name=experiment.recipe.name,
+        version=__version__,
+        recipe=json.dumps(experiment.recipe.model_dump(mode="json"), indent=1),
+        density=found["density"],
+        synthesis=found["synthesis"],
+        verdict=verdict(found["synthesis"]),
+        systems=SYSTEMS,
+        scores=SCORES,
+        benchmark=benchmark,
+        ratios=ratios(benchmark["rows"]),
+        speed_plot=_png(speed_plot(benchmark["rows"], experiment.recipe.audio.sample_rate)),
+        losses=[(kind, _png(loss_plot(experiment, kind))) for kind in ("teacher", "student")],
+        clips=[
+            (clip, [(title, *_listen(experiment, system, clip)) for system, title in SYSTEMS.items()])
+            for clip in sorted(path.name for path in (experiment.samples / "recorded").glob("*.wav"))[:SHOWN_CLIPS]
+        ],
+    )
+    partial = experiment.report.with_name("report.html.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(experiment.report)
+    return f"{len(page) / 1e6:.1f} MB: {experiment.report}"
+
+
+def verdict(synthesis: dict[str, Any]) -> str:
+    """Whether the student whispers, in figures."""
+    student, recorded = (synthesis[system]["periodicity"] for system in ("student", "recorded"))
+    if student is None or recorded is None:
+        return "No frame of the test clips is voiced, so whether the student whispers cannot be told."
+    figures = f"its voiced parts have a periodicity of {student:.2f}, the recordings {recorded:.2f}"
+    if student < WHISPER * recorded:
+        return f"The student still whispers: {figures}."
+    return f"The student speaks with a voice: {figures}."
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """Which sampler is how many times as fast as which, for each length and number of threads."""
+    naive = {row["threads"]: row["samples_per_second"] for row in rows if row["sampler"] == "naive"}
+    cached = {(row["threads"], row["num_samples"]): row for row in rows if row["sampler"] == "cached"}
+    lines = []
+    for row in rows:
+        if row["sampler"] == "parallel":
+            base = cached[row["threads"], row["num_samples"]]["samples_per_second"]
+            lines.append(
+                f"{row['num_samples']:,} samples, {row['device']}, {row['threads']} threads: the parallel student draws "
+                f"{row['samples_per_second'] / base:.1f} times as fast as the teacher's cached sampler and "
+                f"{row['samples_per_second'] / naive[row['threads']]:.0f} times as fast as the naive one."
+            )
+    return lines
+
+
+def speed_plot(rows: list[dict[str, Any]], sample_rate: int) -> Figure:
+    """Samples per second of every row on a logarithmic scale, with real time marked."""
+    figure = Figure(figsize=(8, 0.8 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{r['sampler']}, {r['num_samples']:,} samples, {r['threads']} threads" for r in rows]
+    colours = {"naive": "#b0b0b0", "cached": "#d08770", "parallel": "#3b6ea5"}
+    speeds = [row["samples_per_second"] for row in rows]
+    bars = axes.barh(range(len(rows)), speeds, color=[colours[row["sampler"]] for row in rows])
+    axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3)
+    axes.axvline(sample_rate, color="black", linestyle="--", linewidth=1)
+    axes.annotate("real time", (sample_rate, -0.6), ha="center", va="bottom", annotation_clip=False)
+    axes.set(yticks=range(len(rows)), yticklabels=labels, xscale="log", xlabel="samples per second")
+    axes.set_xlim(min(speeds) / 2, max(*speeds, sample_rate) * 4)
+    axes.invert_yaxis()
+    return figure
+
+
+def loss_plot(experiment: Experiment, kind: Kind) -> Figure:
+    """Every term of a training against its step, training and validation."""
+    log = EventAccumulator(str(experiment.training(kind) / "tensorboard"), size_guidance={"scalars": 0})
+    log.Reload()
+    tags = log.Tags()["scalars"]
+    terms = [tag.removeprefix("valid/") for tag in tags if tag.startswith("valid/")]
+    figure = Figure(figsize=(4.5 * len(terms), 3), layout="constrained")
+    for axes, term in zip(np.atleast_1d(figure.subplots(1, len(terms))), terms, strict=True):
+        for tag, style in ((f"train/{term}", {"alpha": 0.35}), (f"valid/{term}", {"marker": "o", "markersize": 3})):
+            events = log.Scalars(tag) if tag in tags else []
+            axes.plot([e.step for e in events], [e.value for e in events], label=tag, color="#3b6ea5", **style)
+        values = [event.value for event in log.Scalars(f"valid/{term}")]
+        # A start far off would flatten all that follows.
+        if min(values) > 0 and max(values) > 20 * min(values):
+            axes.set_yscale("log")
+        axes.set(xlabel="step", title=term)
+        axes.legend()
+    return figure
+
+
+def _listen(experiment: Experiment, system: str, clip: str) -> tuple[str, str]:
+    """A clip as base64 wav, and a picture of its log-mel as base64 PNG."""
+    path = experiment.samples / system / clip
+    samples, rate = soundfile.read(path, dtype="float32")
+    audio = experiment.recipe.audio
+    mel = LogMel(audio).of_file(torch.from_numpy(samples)[None])[0].numpy()
+    figure = Figure(figsize=(4, 2), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(mel, origin="lower", aspect="auto", vmin=-9, vmax=1, extent=(0, len(samples) / rate, 0, audio.n_mels))
+    axes.set(xlabel="s", ylabel="mel band")
+    return _base64(path), _png(figure)
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+stage = Stage(
+    name="report",
+    summary=__doc__,
+    settings=lambda experiment: [
+        experiment.recipe.model_dump(mode="json"),
+        (resources.files("wavedistill.stages") / "templates" / "report.html.j2").read_text(),
+    ],
+    inputs=lambda experiment: [experiment.metrics, experiment.benchmark],
+    outputs=lambda experiment: [experiment.report],
+    run=run,
+)

@@ -1,0 +1,175 @@
+"""The conditioner network: strictly causal dilated convolutions, over a whole sequence or one step at a time.
+
+The causal shift lives here and nowhere else. Inside, activations are time-major (T, B, C): a delay is then a
+contiguous slice for every batch size, and a dilated convolution is one matrix product of the stacked taps.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MelEncoder(nn.Module):
+    """Turns log-mel frames into conditioning features at a rate between the frames' and the samples'.
+
+    One convolution looks at `context` frames on either side and is never padded: the caller gives real neighbours, so
+    that a crop has the features of the whole file. Every scale but the last is a learned sub-frame upsampling without
+    overlap; the last is plain repetition, which `WaveNet` applies after projecting, where it is cheap.
+
+    Args:
+        n_mels: bands of the log-mel.
+        channels: width of the features.
+        context: frames seen on either side.
+        upsample: factors whose product is the hop length; the last one is left to `WaveNet`.
+    """
+
+    def __init__(self, n_mels: int, channels: int, context: int, upsample: tuple[int, ...]) -> None:
+        super().__init__()
+        self.frames = nn.Conv1d(n_mels, channels, 2 * context + 1)
+        self.upsample = nn.ModuleList(nn.Linear(channels, scale * channels) for scale in upsample[:-1])
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """Log-mel (B, n_mels, F + 2 context) in nats of amplitude -> features (B, F * prod(upsample[:-1]), channels)."""
+        # Speech log-mel lies in about [-11.5, 2]: bring it near [-2, 2].
+        features = F.leaky_relu(self.frames((mel + 5) / 3), 0.2).transpose(1, 2)  # (B, F, C)
+        for stage in self.upsample:
+            batch, frames, channels = features.shape
+            features = F.leaky_relu(stage(features), 0.2).view(batch, -1, channels)  # (B, F * scale, C)
+        return features
+
+
+@dataclass
+class WaveNetState:
+    """What one-step evaluation remembers: a ring buffer of hidden values per layer, and the projected conditioning.
+
+    Attributes:
+        history: per layer (dilation * (kernel_size - 1), B, channels); zero at the start, as training pads.
+        context: (F', layers, B, 2 channels) projected conditioning, or None without conditioning.
+        time: the index t of the step that comes next.
+    """
+
+    history: list[Tensor]
+    context: Tensor | None
+    time: int = 0
+
+
+class WaveNet(nn.Module):
+    r"""Strictly causal gated convolution stack (van den Oord et al. 2016): the output at t sees the input before t only.
+
+    Each layer computes, with dilation d_l and conditioning c,
+
+    .. math:: h \leftarrow h + R\,a, \quad skip \leftarrow skip + S\,a, \quad
+              a = \tanh(W_f * h + V_f c) \odot \sigma(W_g * h + V_g c)
+
+    and two more 1x1 layers map the sum of skips to the outputs. The last one starts at zero, so that a flow built on it
+    starts from what its caller chose.
+
+    Args:
+        layers: number of gated layers; layer i has dilation 2 ** (i mod dilation_cycle).
+        dilation_cycle: layers until the dilation starts again at 1.
+        kernel_size: taps of each dilated convolution, at least 2.
+        channels: residual width; the gates are twice as wide.
+        skip_channels: width of the skip path and of the head.
+        out_channels: outputs a step.
+        feature_channels: width of the conditioning features, or None for an unconditional network.
+        repeat: samples that share one conditioning feature.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        dilation_cycle: int,
+        kernel_size: int,
+        channels: int,
+        skip_channels: int,
+        out_channels: int,
+        feature_channels: int | None = None,
+        repeat: int = 1,
+    ) -> None:
+        super().__init__()
+        self.dilations = [2 ** (i % dilation_cycle) for i in range(layers)]
+        self.kernel_size, self.channels, self.skip_channels, self.repeat = kernel_size, channels, skip_channels, repeat
+        self.input = nn.Linear(1, channels)
+        self.gates = nn.ModuleList(nn.Linear(kernel_size * channels, 2 * channels) for _ in range(layers))
+        # Nothing follows the last layer's residual path, so it has none.
+        self.outputs = nn.ModuleList(
+            nn.Linear(channels, skip_channels + (channels if i < layers - 1 else 0)) for i in range(layers)
+        )
+        self.context = None if feature_channels is None else nn.Linear(feature_channels, layers * 2 * channels)
+        self.hidden = nn.Linear(skip_channels, skip_channels)
+        self.head = nn.Linear(skip_channels, out_channels)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def receptive_field(self) -> int:
+        """How many input values before t the output at t can see."""
+        return 1 + (self.kernel_size - 1) * sum(self.dilations)
+
+    def forward(self, x: Tensor, features: Tensor | None = None) -> Tensor:
+        """Outputs (B, T, out_channels) for every t of x (B, T), given features (B, at least T / repeat, channels)."""
+        length = x.shape[1]
+        padded = math.ceil(length / self.repeat) * self.repeat
+        past = F.pad(x, (1, padded - length - 1))  # the causal shift: position t holds x_{t-1}
+        h = self.input(past.t().unsqueeze(-1))  # (B, T) -> (T, B, C)
+        context = self._project(features)
+        skip = h.new_zeros(())
+        for i, dilation in enumerate(self.dilations):
+            taps = [F.pad(h, (0, 0, 0, 0, k * dilation, 0))[:padded] for k in range(self.kernel_size - 1, 0, -1)]
+            y = self.gates[i](torch.cat([*taps, h], -1))  # (T, B, 2C)
+            if context is not None:
+                blocks = y.view(-1, self.repeat, *y.shape[1:])
+                y = (blocks + context[: len(blocks), i, None]).view_as(y)
+            h, skip = self._layer(i, y, h, skip)
+        return self._head(skip)[:length].transpose(0, 1)  # (T, B, out) -> (B, T, out)
+
+    def initial_state(self, batch_size: int, features: Tensor | None = None) -> WaveNetState:
+        """A preallocated state before the first step, for features (B, F', channels)."""
+        return WaveNetState(
+            history=[
+                self.input.weight.new_zeros((self.kernel_size - 1) * dilation, batch_size, self.channels)
+                for dilation in self.dilations
+            ],
+            context=self._project(features),
+        )
+
+    def step(self, previous: Tensor, state: WaveNetState) -> tuple[Tensor, WaveNetState]:
+        """Outputs (B, out_channels) at t = state.time from x_{t-1} (B,), zero at t = 0; updates the state in place."""
+        time = state.time
+        h = torch.addmm(self.input.bias, previous.unsqueeze(-1), self.input.weight.t())  # (B, C)
+        context = None if state.context is None else state.context[time // self.repeat]
+        skip = h.new_zeros(())
+        for i, dilation in enumerate(self.dilations):
+            history = state.history[i]
+            taps = [history[(time - k * dilation) % len(history)] for k in range(self.kernel_size - 1, 0, -1)]
+            y = self.gates[i](torch.cat([*taps, h], -1))
+            if context is not None:
+                y = y + context[i]
+            history[time % len(history)] = h
+            h, skip = self._layer(i, y, h, skip)
+        state.time = time + 1
+        return self._head(skip), state
+
+    def _project(self, features: Tensor | None) -> Tensor | None:
+        """Features (B, F', C) -> one bias per layer (F', layers, B, 2 channels)."""
+        if self.context is None:
+            return None
+        if features is None:
+            raise ValueError("this network is conditional: it needs features")
+        return self.context(features.transpose(0, 1)).unflatten(-1, (len(self.gates), -1)).transpose(1, 2)
+
+    def _layer(self, i: int, y: Tensor, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        filtered, gate = y.chunk(2, -1)
+        out = self.outputs[i](torch.tanh(filtered) * torch.sigmoid(gate))
+        skip = skip + out[..., : self.skip_channels]
+        if i < len(self.outputs) - 1:
+            h = h + out[..., self.skip_channels :]
+        return h, skip
+
+    def _head(self, skip: Tensor) -> Tensor:
+        scaled = skip * len(self.gates) ** -0.5
+        return self.head(F.relu(self.hidden(F.relu(scaled))))

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +42,7 @@ Examples:
 )
 
 StageName = StrEnum("StageName", {name: name for name in STAGES})  # type: ignore[misc]
+FIRST, *_, LAST = StageName
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The TOML file that describes the experiment.")]
 Overrides = Annotated[
     list[str] | None,
@@ -57,8 +57,8 @@ Device = Annotated[
 @app.command()
 def run(
     recipe: RecipePath,
-    first: Annotated[StageName, typer.Option("--from", help="The first stage to run.")] = StageName("prepare"),
-    last: Annotated[StageName, typer.Option("--until", help="The last stage to run.")] = StageName("report"),
+    first: Annotated[StageName, typer.Option("--from", help="The first stage to run.")] = FIRST,
+    last: Annotated[StageName, typer.Option("--until", help="The last stage to run.")] = LAST,
     overrides: Overrides = None,
     root: Root = Path("exp"),
     device: Device = "auto",

@@ -82,8 +82,8 @@ class Audio(Section):
     def _consistent(self) -> "Audio":
         if self.n_fft < self.hop_length or (self.n_fft - self.hop_length) % 2:
             raise ValueError(
-                f"n_fft = {self.n_fft} must exceed hop_length = {self.hop_length} by an even number, so that frame k is "
-                f"centred on its hop; for instance n_fft = {self.hop_length * 4}"
+                f"n_fft = {self.n_fft} must exceed hop_length = {self.hop_length} by an even number, so frames are "
+                f"centred on hops; for instance n_fft = {self.hop_length * 4}"
             )
         if not self.f_min < self.f_max <= self.sample_rate / 2:
             raise ValueError(
@@ -297,7 +297,8 @@ def _explain(kind: str, location: tuple[int | str, ...], message: str, value: ob
     key = ".".join(keys)
     match kind:
         case "extra_forbidden":
-            known = _fields(location[:-1])
+            *section, _ = location
+            known = _fields(section)
             close = difflib.get_close_matches(keys[-1], known, n=1)
             return f"{key}: unknown key; " + (
                 f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
@@ -314,7 +315,7 @@ def _explain(kind: str, location: tuple[int | str, ...], message: str, value: ob
             return f"{key} = {value!r}: {message[0].lower()}{message[1:]}"
 
 
-def _fields(location: tuple[int | str, ...]) -> list[str]:
+def _fields(location: Sequence[int | str]) -> list[str]:
     """Names of the keys that the section at a location may hold."""
     section: type[BaseModel] = Recipe
     for part in location:

@@ -72,7 +72,7 @@ class Batch(NamedTuple):
 
     Attributes:
         audio: (B, F * hop) the segments.
-        surroundings: (B, (F + 2 context) * hop + 2 overlap) the segments and their neighbourhood, silent outside the file.
+        surroundings: (B, (F + 2 context) * hop + 2 overlap) segments and surroundings, silent outside the file.
         inside: (B, F + 2 context) whether a frame lies inside its file.
     """
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class SequentialDirection(RuntimeError):
+class SequentialDirectionError(RuntimeError):
     """Raised by the direction of an autoregressive bijection that one network call cannot compute."""
 
 
@@ -60,7 +60,7 @@ class Conditioner(Protocol):
 
 
 class Transform(nn.Module):
-    """A bijection: `forward` is z -> x, `inverse` is x -> z, each with its own `ladj`, each at most one network call."""
+    """A bijection: `forward` is z -> x, `inverse` is x -> z, each with its `ladj`, each at most one network call."""
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x = f(z) and log|dx/dz|, (B, T) each."""
@@ -74,14 +74,14 @@ class Transform(nn.Module):
 class AutoregressiveAffine(Transform):
     r"""Affine autoregressive bijection whose conditioner reads the past of one of its two sides.
 
-    .. math:: x_t = \mu_t + \sigma_t z_t, \qquad z_t = (x_t - \mu_t) / \sigma_t, \qquad \log|\det J| = \sum_t \log\sigma_t
+    .. math:: x_t = \mu_t + \sigma_t z_t, \quad z_t = (x_t - \mu_t) / \sigma_t, \quad \log|\det J| = \sum_t \log\sigma_t
 
     With `reads="x"` it is a masked autoregressive flow (Papamakarios et al. 2017): mu_t, sigma_t = c(x_<t), density in
     parallel. With `reads="z"` it is an inverse autoregressive flow (Kingma et al. 2016): mu_t, sigma_t = c(z_<t),
     sampling in parallel. The other direction takes T steps and lives in `wavedistill.sampling`.
 
     Raises:
-        SequentialDirection: when the direction asked for is the sequential one.
+        SequentialDirectionError: when the direction asked for is the sequential one.
     """
 
     def __init__(self, conditioner: Conditioner, reads: Literal["x", "z"]) -> None:
@@ -91,12 +91,16 @@ class AutoregressiveAffine(Transform):
 
     def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.reads == "x":
-            raise SequentialDirection("x of a masked autoregressive flow is drawn step by step: wavedistill.sampling")
+            raise SequentialDirectionError(
+                "x of a masked autoregressive flow is drawn step by step: wavedistill.sampling"
+            )
         return self.to_x(z, *self.conditioner(z, context))
 
     def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.reads == "z":
-            raise SequentialDirection("z of an inverse autoregressive flow is found step by step: wavedistill.sampling")
+            raise SequentialDirectionError(
+                "z of an inverse autoregressive flow is found step by step: wavedistill.sampling"
+            )
         return self.to_z(x, *self.conditioner(x, context))
 
     @staticmethod
@@ -171,7 +175,7 @@ class FlowDistribution:
         """Per-step terms (B, T) of the log density of x (B, T), in nats.
 
         Raises:
-            SequentialDirection: for an inverse autoregressive flow, which knows only the density of its own samples.
+            SequentialDirectionError: for an inverse autoregressive flow: it knows the density of its own samples only.
         """
         z, ladj = self.transform.inverse(x, self.context)
         return self.base.log_prob(z) + ladj
@@ -186,7 +190,7 @@ class FlowDistribution:
         The noise is still in hand, so nothing is inverted, and the gradient flows through both.
 
         Raises:
-            SequentialDirection: for a masked autoregressive flow, which samples step by step.
+            SequentialDirectionError: for a masked autoregressive flow, which samples step by step.
         """
         x, ladj = self.transform(noise, self.context)
         return x, self.base.log_prob(noise) - ladj

@@ -33,7 +33,7 @@ def flac_bits_per_sample(clips: Sequence[Tensor], sample_rate: int) -> float:
     for clip in clips:
         file = io.BytesIO()
         soundfile.write(file, to_pcm16(clip), sample_rate, format="FLAC", subtype="PCM_16")
-        size += file.tell()
+        size += file.getbuffer().nbytes
     return 8 * size / sum(len(clip) for clip in clips)
 
 
@@ -41,8 +41,8 @@ def scores(reference: Tensor, synthesised: Tensor, sample_rate: int) -> dict[str
     """Scores of synthesised against reference speech, (T,) each, in [-1, 1].
 
     Returns:
-        `pesq_wb`, mean opinion score of wide-band PESQ, about 1 to 4.6; None where the package is not installed or finds
-        no speech. `stoi`, intelligibility, 0 to 1. `lsd_db`, log-spectral distance. `level_difference_db`, RMS level of
+        `pesq_wb`, mean opinion score of wide-band PESQ, about 1 to 4.6; None where its package is missing or finds no
+        speech. `stoi`, intelligibility, 0 to 1. `lsd_db`, log-spectral distance. `level_difference_db`, RMS level of
         the synthesis less that of the reference. `periodicity`, how far the voiced parts of the reference are periodic
         in the synthesis: a whisper is near 0, the reference itself near 1.
     """

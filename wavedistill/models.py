@@ -57,7 +57,7 @@ class WaveformModel(nn.Module):
 
 
 def teacher(recipe: Recipe) -> WaveformModel:
-    """The autoregressive teacher of a recipe: one masked autoregressive flow at unit variance, then the data's scale."""
+    """The autoregressive teacher of a recipe: a masked autoregressive flow at unit variance, then the data's scale."""
     settings = recipe.teacher
     flow = AutoregressiveAffine(_conditioner(recipe, settings.network, settings.layers, settings.min_log_scale), "x")
     return _model(recipe, settings.base, [flow])

@@ -36,8 +36,8 @@ class Task(NamedTuple):
     Attributes:
         kind: the model that is trained.
         settings: of the optimisation.
-        terms: the named scalar terms of the loss, from a model, audio (B, T), its log-mel (B, n_mels, F + 2 context) and
-            the generator that all randomness comes from.
+        terms: the named scalar terms of the loss, from a model, audio (B, T), its log-mel (B, n_mels, F + 2 context),
+            and the generator that all randomness comes from.
         weights: of the terms in the objective.
         sample: draws audio (B, T) from a model and a log-mel, for the log.
     """
@@ -95,7 +95,9 @@ def fit(
     started, first_step = time.monotonic(), state.step
 
     def validate() -> None:
-        state.keep_best(batches.validate(average), task, recipe, folder, writer)
+        values = batches.validate(average)
+        _require_finite(values, task, state.step, folder)
+        state.keep_best(values, task, recipe, folder, writer)
 
     with (
         SummaryWriter(folder / "tensorboard", purge_step=state.step or None) as writer,
@@ -124,11 +126,7 @@ def fit(
 
             if state.step % LOG_EVERY == 0:
                 values = {name: term.item() for name, term in terms.items()}
-                if not all(map(math.isfinite, values.values())):
-                    raise TrainingError(
-                        f"{task.kind}: the loss is not finite at step {state.step} ({values}): lower "
-                        f"{task.kind}.training.learning_rate or grad_clip; the last checkpoint is in {folder}"
-                    )
+                _require_finite(values, task, state.step, folder)
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
                 for name, value in {**values, "gradient_norm": norm.item()}.items():
                     writer.add_scalar(f"train/{name}", value, state.step)
@@ -226,7 +224,7 @@ class State:
         checkpoint.save(folder / STATE_FILE, {**scalars, **parts})
 
     def restore(self, folder: Path, steps: int) -> None:
-        """Take up the state in a folder; a folder whose state is of another training, or beyond `steps`, is set aside."""
+        """Take up the state in a folder; a folder of another training, or one beyond `steps`, is set aside."""
         if not (folder / STATE_FILE).exists():
             return
         content = checkpoint.load(folder / STATE_FILE)
@@ -237,6 +235,14 @@ class State:
         for name, part in self.parts.items():
             part.load_state_dict(content.pop(name))
         vars(self).update(content)
+
+
+def _require_finite(values: Mapping[str, float], task: Task, step: int, folder: Path) -> None:
+    if not all(map(math.isfinite, values.values())):
+        raise TrainingError(
+            f"{task.kind}: the loss is not finite at step {step} ({values}): lower {task.kind}.training.learning_rate "
+            f"or grad_clip; {folder} keeps the last good checkpoint"
+        )
 
 
 def objective(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -32,12 +32,12 @@ class MelEncoder(nn.Module):
         self.upsample = nn.ModuleList(nn.Linear(channels, scale * channels) for scale in upsample[:-1])
 
     def forward(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, n_mels, F + 2 context) in nats of amplitude -> features (B, F * prod(upsample[:-1]), channels)."""
+        """Log-mel (B, n_mels, F + 2 context) -> features (B, F * prod(upsample[:-1]), channels)."""
         # Speech log-mel lies in about [-11.5, 2]: bring it near [-2, 2].
         features = F.leaky_relu(self.frames((mel + 5) / 3), 0.2).transpose(1, 2)  # (B, F, C)
         for stage in self.upsample:
-            batch, frames, channels = features.shape
-            features = F.leaky_relu(stage(features), 0.2).view(batch, -1, channels)  # (B, F * scale, C)
+            scaled = F.leaky_relu(stage(features), 0.2)  # (B, F, scale * C)
+            features = scaled.view(len(features), -1, features.shape[-1])  # (B, F * scale, C)
         return features
 
 
@@ -57,7 +57,7 @@ class WaveNetState:
 
 
 class WaveNet(nn.Module):
-    r"""Strictly causal gated convolution stack (van den Oord et al. 2016): the output at t sees the input before t only.
+    r"""Strictly causal gated convolution stack (van den Oord et al. 2016): outputs at t see the input before t only.
 
     Each layer computes, with dilation d_l and conditioning c,
 

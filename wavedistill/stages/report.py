@@ -88,7 +88,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[str]:
         if row["sampler"] == "parallel":
             base = cached[row["threads"], row["num_samples"]]["samples_per_second"]
             lines.append(
-                f"{row['num_samples']:,} samples, {row['device']}, {row['threads']} threads: the parallel student draws "
+                f"{row['num_samples']:,} samples, {row['device']}, {row['threads']} threads: the parallel student is "
                 f"{row['samples_per_second'] / base:.1f} times as fast as the teacher's cached sampler and "
                 f"{row['samples_per_second'] / naive[row['threads']]:.0f} times as fast as the naive one."
             )

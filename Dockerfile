@@ -1,0 +1,34 @@
+# Runs wavedistill on a GPU:
+#   docker build -t wavedistill .
+#   docker run --gpus all --shm-size 1g -v ./data:/workspace/data -v ./exp:/workspace/exp wavedistill run recipes/demo.toml
+# The base image brings Python, CUDA, torch and torchaudio; any other of that kind will do.
+ARG BASE_IMAGE=pytorch/pytorch:2.7.1-cuda12.8-cudnn9-runtime
+FROM ${BASE_IMAGE}
+
+# A compiler, because the PESQ score is built from source.
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends build-essential \
+ && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /workspace
+
+# Dependencies first, in a layer that a change of the code does not touch: an empty package stands in for it.
+COPY pyproject.toml README.md LICENSE ./
+RUN mkdir wavedistill && touch wavedistill/__init__.py \
+ && pip install --no-cache-dir ".[demo]" \
+ && pip uninstall -y wavedistill \
+ && rm -r wavedistill
+
+COPY wavedistill ./wavedistill
+COPY recipes ./recipes
+RUN pip install --no-cache-dir --no-deps .
+
+RUN useradd --create-home --uid 10001 wavedistill \
+ && mkdir -p data exp \
+ && chown -R wavedistill data exp
+USER wavedistill
+
+# Recordings come in here, experiments stay out there.
+VOLUME ["/workspace/data", "/workspace/exp"]
+ENTRYPOINT ["wavedistill"]
+CMD ["--help"]

@@ -1,0 +1,36 @@
+# Every target sets up what it needs: a virtual environment in .venv, with this package and its extras.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-fast check clean
+
+demo: $(VENV)/.demo  ## the whole pipeline on speech made on the spot; ends with exp/demo/report.html
+	$(BIN)/wavedistill run recipes/demo.toml
+
+test: check  ## all checks: format, lint, types, every test
+	$(BIN)/python -m pytest
+
+test-fast: check  ## the same without the tests that train
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install -e ".[demo,dev]"
+	touch $@ $(VENV)/.demo
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "wavedistill needs Python 3.11 or newer, and $(PYTHON) is older: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:  ## remove the environment; experiments stay
+	rm -rf $(VENV)

@@ -1,0 +1,81 @@
+"""Small models and recipes that the tests share."""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from wavedistill.config import Recipe, validate_recipe
+from wavedistill.flows import AutoregressiveAffine, Composition, Scale, StandardNormal
+from wavedistill.models import AffineWaveNet, WaveformModel, build
+from wavedistill.wavenet import MelEncoder, WaveNet
+
+REPOSITORY = Path(__file__).parents[1]
+RECIPES = REPOSITORY / "recipes"
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter a random value, so that zero-initialised layers hide nothing, and compute in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    module.double()
+    for parameter in module.parameters():
+        fan_in = parameter.shape[-1] if parameter.ndim > 1 else 16
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+    return module
+
+
+def small_wavenet(**changes: Any) -> WaveNet:
+    settings = {
+        "layers": 4,
+        "dilation_cycle": 3,
+        "kernel_size": 2,
+        "channels": 6,
+        "skip_channels": 5,
+        "out_channels": 2,
+        "feature_channels": 3,
+        "repeat": 4,
+    }
+    return randomise(WaveNet(**{**settings, **changes}))
+
+
+def small_flow(reads: str, seed: int = 0, **changes: Any) -> AutoregressiveAffine:
+    flow = AutoregressiveAffine(AffineWaveNet(small_wavenet(**changes), min_log_scale=-5.0), reads)
+    return randomise(flow, seed)
+
+
+def small_model(kind: str) -> WaveformModel:
+    """A teacher of one flow, or a student of three, on a log-mel of 5 bands with a hop of 8, context 1."""
+    encoder = MelEncoder(5, 3, 1, (2, 4))
+    flows = [small_flow("x")] if kind == "teacher" else [small_flow("z", seed) for seed in range(3)]
+    model = WaveformModel(encoder, Composition([*flows, Scale(0.3)]), StandardNormal())
+    return randomise(model, seed=7)
+
+
+def small_mel(batch: int, frames: int, seed: int = 0) -> torch.Tensor:
+    """A log-mel for `small_model`: (batch, 5, frames + 2)."""
+    return torch.randn(batch, 5, frames + 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 - 5
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def tiny_data() -> dict[str, Any]:
+    """The tiny recipe as nested dictionaries, free to change."""
+    return {**tomllib.loads((RECIPES / "tiny.toml").read_text()), "name": "tiny"}
+
+
+@pytest.fixture
+def tiny(tiny_data: dict[str, Any]) -> Recipe:
+    return validate_recipe(tiny_data, "tiny.toml")
+
+
+@pytest.fixture
+def tiny_model(tiny: Recipe) -> Callable[[str], WaveformModel]:
+    """The untrained teacher or student of the tiny recipe."""
+    return lambda kind: build(kind, tiny, tiny.seed)

@@ -1,0 +1,207 @@
+"""The command line as a user types it: the whole pipeline in miniature, waveforms from checkpoints, and mistakes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from tests.conftest import RECIPES, REPOSITORY
+from tests.test_audio import speech_like
+from wavedistill.audio import LogMel
+from wavedistill.config import load_recipe
+from wavedistill.stages import STAGES
+
+TINY = str(RECIPES / "tiny.toml")
+
+
+def wavedistill(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from wavedistill.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def fails(code: int, message: str, *arguments: str | Path) -> None:
+    """The command ends with a code and a message of one's own, not a traceback."""
+    result = wavedistill(*arguments)
+    assert result.returncode == code, result.stderr
+    assert message in " ".join(result.stderr.split()), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny experiment after a whole run."""
+    root = tmp_path_factory.mktemp("exp")
+    pytest.importorskip("py_nanotts", reason="the tiny recipe's speech is made by the package py-nanotts")
+    result = wavedistill("run", TINY, "--exp", root, "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == list(STAGES), "one line of result a stage"
+    return root / "tiny"
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_promises(tiny_run: Path) -> None:
+    for name in ("report.html", "metrics.json", "benchmark.json", "teacher/checkpoint.pt", "student/checkpoint.pt"):
+        assert (tiny_run / name).stat().st_size > 0
+    assert {path.parent.name for path in tiny_run.glob("samples/*/*.wav")} == {
+        "recorded",
+        "teacher",
+        "student",
+        "griffin_lim",
+    }
+    assert not list(tiny_run.rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_metrics_hold_the_promised_figures(tiny_run: Path) -> None:
+    metrics = json.loads((tiny_run / "metrics.json").read_text())
+    density = metrics["density"]
+    assert {
+        "teacher_nll_nats_per_sample",
+        "teacher_bits_per_sample",
+        "student_kl_nats_per_sample",
+        "student_kl_standard_error",
+        "flac_bits_per_sample",
+    } <= set(density)
+    assert density["teacher_nll_nats_per_sample"] < density["teacher_nll_before_training"] - 0.3
+    assert density["student_kl_nats_per_sample"] < density["student_kl_before_training"] / 2
+    assert 2 < density["flac_bits_per_sample"] < 16
+    assert set(metrics["synthesis"]) == {"recorded", "teacher", "student", "griffin_lim"}
+    for scores in metrics["synthesis"].values():
+        assert set(scores) == {"pesq_wb", "stoi", "lsd_db", "level_difference_db", "periodicity"}
+    recorded, griffin_lim = metrics["synthesis"]["recorded"], metrics["synthesis"]["griffin_lim"]
+    assert recorded["stoi"] == pytest.approx(1, abs=1e-4)
+    assert recorded["lsd_db"] == 0
+    assert griffin_lim["stoi"] > 0.7
+
+
+@pytest.mark.slow
+def test_benchmark_compares_three_samplers_of_one_pair(tiny_run: Path) -> None:
+    benchmark = json.loads((tiny_run / "benchmark.json").read_text())
+    rows = {row["sampler"]: row for row in benchmark["rows"]}
+    assert {name: row["model"] for name, row in rows.items()} == {
+        "naive": "teacher",
+        "cached": "teacher",
+        "parallel": "student",
+    }
+    assert rows["cached"]["num_samples"] == rows["parallel"]["num_samples"] == 1600
+    assert rows["naive"]["num_samples"] == 5
+    assert "5 samples only" in rows["naive"]["note"]
+    for row in rows.values():
+        assert set(row) - {"note"} == {
+            "model",
+            "sampler",
+            "device",
+            "threads",
+            "batch_size",
+            "num_samples",
+            "seconds_median",
+            "seconds_all",
+            "samples_per_second",
+            "real_time_factor",
+            "peak_memory_bytes",
+        }
+        assert len(row["seconds_all"]) == 2
+        assert row["samples_per_second"] == pytest.approx(row["num_samples"] / row["seconds_median"])
+        assert row["real_time_factor"] == pytest.approx(row["samples_per_second"] / 16000)
+    assert rows["parallel"]["samples_per_second"] > rows["cached"]["samples_per_second"]
+    assert rows["cached"]["samples_per_second"] > rows["naive"]["samples_per_second"]
+    assert {"cpu", "torch", "date"} <= set(benchmark["machine"])
+
+
+@pytest.mark.slow
+def test_the_report_is_self_contained(tiny_run: Path) -> None:
+    page = (tiny_run / "report.html").read_text()
+    assert page.count("<audio ") == 2 * 4
+    assert page.count("data:image/png;base64,") == 2 * 4 + 3
+    assert "http://" not in page
+    assert "https://" not in page
+    assert "whisper" in page
+
+
+@pytest.mark.slow
+def test_a_second_run_does_nothing_and_a_changed_setting_only_what_it_must(tiny_run: Path) -> None:
+    result = wavedistill("run", TINY, "--exp", tiny_run.parent, "--device", "cpu")
+    assert result.stdout.splitlines() == [f"{name}: up to date" for name in STAGES]
+    changed = wavedistill(
+        "run", TINY, "--exp", tiny_run.parent, "--device", "cpu", "--set", "benchmark.repeats=1", "--until", "benchmark"
+    )
+    lines = changed.stdout.splitlines()
+    assert lines[:4] == [f"{name}: up to date" for name in list(STAGES)[:4]]
+    assert lines[4].startswith("benchmark: naive ")
+    again = wavedistill("run", TINY, "--exp", tiny_run.parent, "--device", "cpu", "--from", "benchmark")
+    assert "report: up to date" not in again.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_generate_gives_frames_times_hop_samples(tiny_run: Path, tmp_path: Path, kind: str) -> None:
+    settings = load_recipe(Path(TINY)).audio
+    soundfile.write(tmp_path / "sound.wav", speech_like(2345).numpy(), 16000)
+    stereo = torch.stack([speech_like(3000), speech_like(3000)], 1)
+    soundfile.write(tmp_path / "stereo.flac", stereo.numpy(), 44100)
+    np.save(tmp_path / "mel.npy", LogMel(settings).of_file(speech_like(1400)[None])[0].numpy())
+    inputs = [tmp_path / name for name in ("sound.wav", "stereo.flac", "mel.npy")]
+    checkpoint = tiny_run / kind / "checkpoint.pt"
+
+    def generate(folder: str, *options: str) -> dict[str, np.ndarray]:
+        result = wavedistill("generate", checkpoint, *inputs, "--out", tmp_path / folder, *options)
+        assert result.returncode == 0, result.stderr
+        files = sorted((tmp_path / folder).iterdir())
+        assert all(soundfile.info(path).subtype == "PCM_16" for path in files)
+        return {path.name: soundfile.read(path)[0] for path in files}
+
+    first = generate("first", "--seed", "3")
+    assert {name: len(wave) for name, wave in first.items()} == {"sound.wav": 2400, "stereo.wav": 1200, "mel.wav": 1400}
+    again, other = generate("again", "--seed", "3"), generate("other", "--seed", "4")
+    cold = generate("cold", "--temperature", "0")
+    for name, wave in first.items():
+        assert np.array_equal(wave, again[name])
+        assert not np.array_equal(wave, other[name])
+        assert np.square(cold[name]).mean() < np.square(wave).mean()
+
+
+@pytest.mark.slow
+def test_generate_names_what_it_cannot_use(tiny_run: Path, tmp_path: Path) -> None:
+    checkpoint = tiny_run / "student" / "checkpoint.pt"
+    (tmp_path / "text.wav").write_text("no audio")
+    soundfile.write(tmp_path / "good.wav", speech_like(2000).numpy(), 16000)
+    out = tmp_path / "out"
+    fails(1, "text.wav: not readable as audio", "generate", checkpoint, tmp_path / "text.wav", "--out", out)
+    fails(1, "would overwrite this input", "generate", checkpoint, tmp_path / "good.wav", "--out", tmp_path)
+    twice = (tmp_path / "good.wav", tmp_path / "good.npy")
+    fails(1, "another input of the same name", "generate", checkpoint, *twice, "--out", out)
+    state = tiny_run / "student" / "training.pt"
+    fails(1, "give the checkpoint.pt", "generate", state, tmp_path / "good.wav", "--out", out)
+    good = ("generate", checkpoint, tmp_path / "good.wav", "--out", out, "--device")
+    fails(1, "--device tpu: not available here", *good, "tpu")
+
+
+def test_mistakes_end_in_one_message(tmp_path: Path) -> None:
+    misspelt = tmp_path / "misspelt.toml"
+    misspelt.write_text((RECIPES / "tiny.toml").read_text().replace("n_mels", "n_mel"))
+    fails(2, "audio.n_mel: unknown key; did you mean n_mels?", "run", misspelt, "--exp", tmp_path)
+    fails(2, "stepz: unknown key", "run", TINY, "--set", "teacher.training.stepz=1", "--exp", tmp_path)
+    fails(2, "cannot read the recipe", "prepare", tmp_path / "none.toml")
+    fails(2, "comes after --until", "run", TINY, "--from", "report", "--until", "teacher", "--exp", tmp_path)
+    fails(2, "No such command", "prepaer", TINY)
+    fails(1, "manifest.json: missing, and the teacher stage needs it", "teacher", TINY, "--exp", tmp_path)
+    fails(1, "none.pt: no such checkpoint", "generate", tmp_path / "none.pt", TINY, "--out", tmp_path)
+    fails(1, "not a wavedistill checkpoint", "generate", TINY, TINY, "--out", tmp_path)
+    folder = ("--set", 'corpus={kind="folder",path="nowhere"}')
+    fails(1, "corpus.path = 'nowhere': does not exist", "prepare", TINY, "--exp", tmp_path, *folder)
+
+
+def test_help_shows_every_command_with_examples() -> None:
+    result = wavedistill("--help")
+    assert result.returncode == 0
+    for word in (*STAGES, "run", "generate", "wavedistill run recipes/demo.toml"):
+        assert word in result.stdout
+    for command in (*STAGES, "run", "generate"):
+        assert wavedistill(command, "--help").returncode == 0
+    assert wavedistill("--version").stdout.startswith("wavedistill ")

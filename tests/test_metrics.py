@@ -1,0 +1,78 @@
+"""Scores: exact values where these are known, and the order of better and worse."""
+
+import math
+
+import pytest
+import torch
+
+from wavedistill import metrics
+from wavedistill.audio import LogMel
+from wavedistill.config import Recipe
+
+RATE = 16000
+
+
+def buzz(seconds: float = 1.5, pitch: float = 120.0) -> torch.Tensor:
+    """A voiced sound: decaying harmonics of a pitch."""
+    n = torch.arange(int(seconds * RATE), dtype=torch.float64) / RATE
+    return sum(torch.sin(2 * math.pi * pitch * k * n) / k for k in range(1, 30)).float() * 0.05
+
+
+def hiss(seconds: float = 1.5) -> torch.Tensor:
+    return 0.05 * torch.randn(int(seconds * RATE), generator=torch.Generator().manual_seed(0))
+
+
+def test_bits_of_a_uniform_density_over_full_scale() -> None:
+    """Density 1/2 on [-1, 1) is 16 bits a sample; each halving of the range saves one."""
+    assert metrics.bits_per_sample(math.log(2)) == pytest.approx(16)
+    assert metrics.bits_per_sample(math.log(1)) == pytest.approx(15)
+
+
+def test_flac_spends_nearly_all_bits_on_noise_and_few_on_a_tone() -> None:
+    loud = torch.rand(RATE * 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert 15.9 < metrics.flac_bits_per_sample([loud], RATE) < 16.5
+    assert metrics.flac_bits_per_sample([buzz()], RATE) < 8
+
+
+def test_spectral_distance_measures_a_gain_in_db() -> None:
+    sound = hiss()
+    assert metrics.log_spectral_distance_db(sound, sound) == 0
+    assert metrics.log_spectral_distance_db(sound, sound * 10 ** (6 / 20)) == pytest.approx(6, abs=0.01)
+    assert metrics.log_spectral_distance_db(0 * sound, 0 * sound) == 0
+
+
+def test_a_whisper_has_no_periodicity_and_a_voice_has_it() -> None:
+    voice = buzz()
+    assert metrics.periodicity(voice, voice, RATE) == pytest.approx(1, abs=0.01)
+    whisper = metrics.periodicity(voice, hiss(), RATE)
+    assert whisper is not None
+    assert whisper < 0.25
+    assert metrics.periodicity(voice, buzz(pitch=123), RATE) == pytest.approx(1, abs=0.1), "slightly out of tune"
+    assert metrics.periodicity(hiss(), voice, RATE) is None, "nothing voiced to compare"
+
+
+def test_scores_of_a_copy_are_the_best_there_are() -> None:
+    voice = buzz() + 0.02 * hiss()
+    best, worse = metrics.scores(voice, voice, RATE), metrics.scores(voice, voice * 0.5 + 0.5 * hiss(), RATE)
+    assert best["stoi"] == pytest.approx(1, abs=1e-4)
+    assert best["lsd_db"] == 0
+    assert best["level_difference_db"] == 0
+    assert best["stoi"] > worse["stoi"]
+    if metrics.pesq_available():
+        assert best["pesq_wb"] > 4.5
+        assert best["pesq_wb"] > worse["pesq_wb"]
+
+
+def test_scores_go_on_without_pesq(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "pesq_available", lambda: False)
+    assert metrics.scores(buzz(), buzz(), RATE)["pesq_wb"] is None
+
+
+def test_griffin_lim_keeps_length_place_and_level(tiny: Recipe) -> None:
+    """A sound in the middle of silence comes back in the same place."""
+    sound = torch.cat([torch.zeros(8000), hiss(0.5), torch.zeros(8000)])
+    copy = metrics.griffin_lim(LogMel(tiny.audio).of_file(sound[None])[0], tiny.audio)
+    assert copy.shape == sound.shape
+    assert copy[:7000].abs().max() < 0.01 > copy[-7000:].abs().max()
+    assert abs(10 * torch.log10(copy.square().sum() / sound.square().sum())) < 1.5
+    assert torch.equal(copy, metrics.griffin_lim(LogMel(tiny.audio).of_file(sound[None])[0], tiny.audio))

@@ -1,0 +1,167 @@
+"""From recordings to utterances: what is accepted, what is refused, and what is split how."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from tests.test_audio import speech_like
+from wavedistill import audio
+from wavedistill.config import validate_recipe
+from wavedistill.data import Manifest, read_samples
+from wavedistill.errors import CorpusError
+from wavedistill.experiment import Experiment, run_stage
+from wavedistill.stages import STAGES
+from wavedistill.stages.prepare import splits
+
+Prepare = Callable[..., Experiment]
+
+
+@pytest.fixture
+def voice(tmp_path: Path) -> Path:
+    """A folder of five good recordings of different kinds."""
+    folder = tmp_path / "voice"
+    (folder / "deeper").mkdir(parents=True)
+    for i, (name, rate) in enumerate([("a.wav", 16000), ("b.wav", 22050), ("c.ogg", 16000), ("deeper/a.wav", 16000)]):
+        soundfile.write(folder / name, speech_like(rate * 2, i).numpy(), rate)
+    stereo = torch.stack([speech_like(88200, 8), speech_like(88200, 9)], 1)
+    soundfile.write(folder / "d.flac", stereo.numpy(), 44100)
+    (folder / "notes.txt").write_text("not a recording")
+    (folder / "._a.wav").write_bytes(b"what macOS leaves")
+    return folder
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, tiny_data: dict[str, Any]) -> Prepare:
+    """Run the prepare stage on a folder."""
+
+    def run(folder: Path, **changes: Any) -> Experiment:
+        corpus = {"kind": "folder", "path": str(folder)}
+        corpus.update({key: changes.pop(key) for key in list(changes) if key in ("skip_unreadable", "limit")})
+        settings = {**tiny_data["prepare"], **changes}
+        recipe = validate_recipe({**tiny_data, "corpus": corpus, "prepare": settings}, "mine.toml")
+        experiment = Experiment(recipe, tmp_path / "exp", torch.device("cpu"))
+        run_stage(STAGES["prepare"], experiment)
+        return experiment
+
+    return run
+
+
+def test_every_readable_format_becomes_level_mono_utterances(voice: Path, prepare: Prepare) -> None:
+    experiment = prepare(voice)
+    manifest = Manifest.read(experiment.manifest)
+    assert len(manifest.utterances) == 5
+    assert {u.source for u in manifest.utterances} == {"a.wav", "b.wav", "c.ogg", "d.flac", "deeper/a.wav"}
+    assert {u.split for u in manifest.utterances} == {"train", "valid", "test"}
+    for utterance in manifest.utterances:
+        samples = read_samples(experiment.audio, utterance)
+        assert len(samples) == utterance.frames * 200
+        assert abs(len(samples) - 32000) <= 200
+        assert abs(audio.rms_db(samples) + 23) < 0.2
+
+
+def test_silence_at_the_ends_is_trimmed_and_the_gain_recorded(voice: Path, prepare: Prepare) -> None:
+    for path in voice.glob("*.wav"):
+        path.unlink()
+    padded = torch.cat([torch.zeros(16000), speech_like(32000) * 0.5, torch.zeros(8000)])
+    soundfile.write(voice / "padded.wav", padded.numpy(), 16000, subtype="FLOAT")
+    manifest = Manifest.read(prepare(voice).manifest)
+    (utterance,) = (u for u in manifest.utterances if u.source == "padded.wav")
+    assert abs(utterance.frames * 200 - 32000) < 2500
+    rms = float((speech_like(32000) * 0.5).square().mean().sqrt())
+    assert utterance.gain == pytest.approx(10 ** (-23 / 20) / rms, rel=0.05)
+
+
+def test_long_recordings_are_cut_at_quiet_places_and_nothing_is_lost(voice: Path, prepare: Prepare) -> None:
+    words = [torch.cat([speech_like(14000, i), torch.zeros(2000)]) for i in range(12)]
+    soundfile.write(voice / "long.wav", torch.cat(words).numpy(), 16000)
+    manifest = Manifest.read((experiment := prepare(voice, max_seconds=3.0)).manifest)
+    pieces = [u for u in manifest.utterances if u.source == "long.wav"]
+    assert len(pieces) >= 4
+    assert len({u.split for u in pieces}) == 1, "pieces of one recording stay together"
+    assert all(u.frames * 200 <= 3 * 16000 + 200 for u in pieces)
+    samples = [read_samples(experiment.audio, u) for u in pieces]
+    assert sum(map(len, samples)) >= 12 * 16000 - 2200
+    assert all(audio.rms_db(piece[-400:]) < -60 for piece in samples[:1])
+
+
+def test_pauses_between_cuts_are_quiet(voice: Path, prepare: Prepare) -> None:
+    words = [torch.cat([speech_like(14000, i), torch.zeros(4000)]) for i in range(12)]
+    soundfile.write(voice / "long.wav", torch.cat(words).numpy(), 16000)
+    experiment = prepare(voice, max_seconds=3.0)
+    pieces = [u for u in Manifest.read(experiment.manifest).utterances if u.source == "long.wav"]
+    borders = [read_samples(experiment.audio, u)[:200].abs().max() for u in pieces[1:]]
+    assert max(borders) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "bad.wav").write_text("words"), r"bad\.wav: not readable as audio"),
+        (lambda f: soundfile.write(f / "bad.wav", np.zeros(0), 16000), r"bad\.wav: holds no samples"),
+        (lambda f: soundfile.write(f / "bad.wav", np.zeros(9000), 16000), r"bad\.wav: is silent"),
+    ],
+)
+def test_a_bad_file_stops_the_stage_or_is_left_out_on_request(
+    voice: Path, prepare: Prepare, spoil: Callable[[Path], Any], message: str
+) -> None:
+    spoil(voice)
+    with pytest.raises(CorpusError, match=message + r"(.|\n)*1 file of the corpus.*skip_unreadable=true"):
+        prepare(voice)
+    assert len(Manifest.read(prepare(voice, skip_unreadable=True).manifest).utterances) == 5
+
+
+def test_a_failed_run_keeps_the_corpus_prepared_before(voice: Path, prepare: Prepare) -> None:
+    experiment = prepare(voice)
+    before = {path: path.read_bytes() for path in [experiment.manifest, *experiment.audio.iterdir()]}
+    (voice / "bad.wav").write_text("words")
+    with pytest.raises(CorpusError):
+        prepare(voice)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: None, "does not exist"),
+        (lambda f: f.write_text("a file"), "is a file, not a folder"),
+        (lambda f: f.mkdir(), "holds no audio file"),
+    ],
+)
+def test_a_folder_without_recordings_is_named(
+    tmp_path: Path, prepare: Prepare, make: Callable[[Path], Any], message: str
+) -> None:
+    make(tmp_path / "nothing")
+    with pytest.raises(CorpusError, match=f"corpus.path = .*nothing.*{message}"):
+        prepare(tmp_path / "nothing")
+
+
+def test_too_few_utterances_are_refused(voice: Path, prepare: Prepare) -> None:
+    with pytest.raises(CorpusError, match=r"2 utterances .* needs 3"):
+        prepare(voice, limit=2)
+    with pytest.raises(CorpusError, match=r"0 utterances of at least prepare.min_seconds = 60.0 s \(5 shorter\)"):
+        prepare(voice, min_seconds=60.0)
+
+
+def test_a_stage_runs_again_only_if_something_changed(voice: Path, prepare: Prepare) -> None:
+    experiment = prepare(voice)
+    stage = STAGES["prepare"]
+    assert run_stage(stage, experiment) == "prepare: up to date"
+    next(experiment.audio.iterdir()).unlink()
+    assert "5 utterances" in run_stage(stage, experiment), "a lost file is made again"
+    (voice / "c.ogg").unlink()
+    assert "4 utterances" in run_stage(stage, experiment), "a changed corpus is prepared again"
+
+
+def test_splits_depend_on_names_and_seed_only(voice: Path, prepare: Prepare) -> None:
+    recipe = prepare(voice).recipe
+    clips = [(f"{i}", f"file {i // 2}", 10, 1.0) for i in range(40)]
+    first = splits(clips, recipe)
+    assert splits(clips[::-1], recipe) == first
+    assert splits(clips, recipe.model_copy(update={"seed": 99})) != first
+    assert list(first.values()).count("test") == list(first.values()).count("valid") == 8
+    assert all(first[f"{i}"] == first[f"{i + 1}"] for i in range(0, 40, 2)), "pieces of one recording stay together"

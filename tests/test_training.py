@@ -1,0 +1,195 @@
+"""The training loop: resuming, averaging, what is kept, and how it stops."""
+
+import itertools
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from tests.test_audio import corpus
+from wavedistill import checkpoint
+from wavedistill.config import Recipe, validate_recipe
+from wavedistill.data import Manifest, dequantise, random_stream
+from wavedistill.errors import CheckpointError, TrainingError
+from wavedistill.losses import negative_log_likelihood
+from wavedistill.models import WaveformModel, build
+from wavedistill.sampling import sample
+from wavedistill.training import Outcome, Task, fit, learning_rate, update_average
+
+STEPS = 24
+
+
+@pytest.fixture
+def recipe(tiny_data: dict[str, Any]) -> Recipe:
+    tiny_data["teacher"]["layers"] = 3
+    tiny_data["teacher"]["training"].update(
+        steps=STEPS, batch_size=2, segment_frames=4, validate_every=8, validate_batches=1
+    )
+    return validate_recipe(tiny_data, "tiny.toml")
+
+
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture
+def train(tmp_path: Path, recipe: Recipe) -> Train:
+    """Train the small teacher in a folder; `hook` is called with the number of each evaluation of the loss."""
+    manifest = corpus(tmp_path / "audio", recipe, [20, 20])
+    first, second = manifest.utterances
+    both = Manifest(audio=recipe.audio, utterances=[first, second.model_copy(update={"split": "valid"})])
+
+    def run(
+        folder: str, hook: Callable[[int], None] = lambda _: None, steps: int = STEPS, fingerprint: str = "a"
+    ) -> Outcome:
+        count = itertools.count(1)
+
+        def terms(model: WaveformModel, audio: Tensor, mel: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
+            hook(next(count))
+            return {"nll": negative_log_likelihood(model(mel), dequantise(audio, generator)).mean()}
+
+        settings = recipe.teacher.training.model_copy(update={"steps": steps})
+        task = Task(
+            "teacher", settings, terms, {"nll": 1.0}, lambda model, mel: sample(model(mel), torch.zeros(1, 800))
+        )
+        return fit(
+            task,
+            both,
+            tmp_path / "audio",
+            recipe=recipe,
+            folder=tmp_path / folder,
+            fingerprint=fingerprint,
+            device=torch.device("cpu"),
+        )
+
+    return run
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return checkpoint.load_model(path / "checkpoint.pt").model.state_dict()
+
+
+def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path, train: Train) -> None:
+    """Bit for bit, with the average, the optimizer and the best value so far."""
+    train("whole")
+
+    def interrupt(count: int) -> None:
+        if count == 13:  # not at a validation
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingError, match=r"interrupted at step .* run the same command again"):
+        train("parts", interrupt)
+    assert 0 < checkpoint.load(tmp_path / "parts" / "training.pt")["step"] < STEPS
+    train("parts")
+    whole, parts = (checkpoint.load(tmp_path / name / "training.pt") for name in ("whole", "parts"))
+    for key in ("model", "average"):
+        assert all(torch.equal(whole[key][name], parts[key][name]) for name in whole[key]), key
+    assert whole["best_objective"] == parts["best_objective"]
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(weights(tmp_path / n).values() for n in ("whole", "parts")), strict=True)
+    )
+
+
+def test_termination_saves_as_an_interrupt_does(tmp_path: Path, train: Train) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(TrainingError, match="interrupted"):
+        train("a", lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == 3 else None)
+    assert (tmp_path / "a" / "training.pt").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_training_lowers_the_validation_loss_and_keeps_the_best(tmp_path: Path, train: Train) -> None:
+    outcome = train("a")
+    log = EventAccumulator(str(tmp_path / "a" / "tensorboard"))
+    log.Reload()
+    valid = {event.step: event.value for event in log.Scalars("valid/nll")}
+    assert list(valid) == [0, 8, 16, 24]
+    assert valid[24] < valid[0] - 0.05
+    assert outcome.step == min(valid, key=lambda step: valid[step])
+    assert abs(outcome.valid["nll"] - min(valid.values())) < 1e-6
+    assert {"recorded", "drawn"} <= set(log.Tags()["audio"])
+    assert {"log-mel recorded", "log-mel drawn"} <= set(log.Tags()["images"])
+
+
+def test_a_lengthened_training_goes_on_and_a_finished_one_does_nothing(train: Train) -> None:
+    calls: list[int] = []
+    train("a", steps=16)
+    train("a", calls.append, steps=24)
+    assert len(calls) == 8 + 1  # steps 16 to 24, and one validation
+    calls.clear()
+    train("a", calls.append, steps=24)
+    assert not calls
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "b"}, {"steps": 8}])
+def test_a_training_of_other_settings_is_set_aside_not_overwritten(
+    tmp_path: Path, train: Train, change: dict[str, Any]
+) -> None:
+    train("a")
+    kept = weights(tmp_path / "a")
+    train("a", **change)
+    assert all(torch.equal(value, kept[name]) for name, value in weights(tmp_path / "a.1").items())
+    train("a", fingerprint="c")
+    assert (tmp_path / "a.2" / "checkpoint.pt").exists()
+
+
+def test_a_damaged_state_is_named_and_left_alone(tmp_path: Path, train: Train) -> None:
+    train("a")
+    state = tmp_path / "a" / "training.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"training\.pt: .*damaged"):
+        train("a")
+    assert state.stat().st_size == 1000
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_and_keeps_the_checkpoint(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wavedistill.training.learning_rate", lambda settings, step: 1e30)
+    with pytest.raises(TrainingError, match=r"not finite at step .*lower teacher\.training\.learning_rate"):
+        train("a")
+    assert all(value.isfinite().all() for value in weights(tmp_path / "a").values())
+
+
+def test_average_weighs_the_old_value_with_the_decay() -> None:
+    average, model = nn.Linear(1, 1), nn.Linear(1, 1)
+    nn.init.ones_(average.weight)
+    nn.init.zeros_(model.weight)
+    update_average(average, model, decay=0.9, step=10_000)
+    assert abs(average.weight.item() - 0.9) < 1e-6
+    update_average(average, model, decay=0.9, step=0)
+    assert average.weight.item() == 0, "before there is a history, the average is the model"
+
+
+def test_learning_rate_rises_then_falls(recipe: Recipe) -> None:
+    settings = recipe.teacher.training.model_copy(update={"steps": 100, "warmup_steps": 9, "learning_rate": 1.0})
+    rates = [learning_rate(settings, step) for step in range(100)]
+    assert abs(rates[0] - 0.1) < 1e-2
+    assert rates.index(max(rates)) == 9
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert 0.05 <= rates[99] < 0.06
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_before_the_first_step_a_sample_has_the_level_of_the_data(tiny: Recipe, kind: str) -> None:
+    model = build(kind, tiny, seed=0)
+    z = model.base.noise((1, 8000), random_stream(0))
+    x = sample(model(torch.zeros(1, tiny.audio.n_mels, 40 + 2 * tiny.conditioning.context)), z)
+    assert abs(x.std() / 10 ** (tiny.audio.level_db / 20) - 1) < 0.1
+    assert abs(x.mean()) < 0.01
+
+
+def test_the_bound_of_log_scale_never_stops_the_gradient(tiny: Recipe) -> None:
+    model = build("teacher", tiny, seed=0)
+    conditioner = model.transform.transforms[0].conditioner
+    with torch.no_grad():
+        conditioner.wavenet.head.bias[1] = -20.0
+    _, log_scale = conditioner(torch.zeros(1, 8), model.encoder(torch.zeros(1, tiny.audio.n_mels, 3)))
+    assert (log_scale >= tiny.teacher.min_log_scale).all()
+    log_scale.sum().backward()
+    assert conditioner.wavenet.head.bias.grad[1] > 0

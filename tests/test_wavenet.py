@@ -1,0 +1,83 @@
+"""The conditioner: exact causality, receptive field, one-step form, alignment of features."""
+
+import pytest
+import torch
+
+from tests.conftest import noise, small_flow, small_wavenet
+from wavedistill.wavenet import MelEncoder
+
+LENGTH = 41
+
+
+@pytest.mark.parametrize("at", [0, 1, 17, LENGTH - 1])
+def test_perturbing_an_input_changes_no_parameter_at_or_before_it(at: int) -> None:
+    """Bit for bit, and the next parameter does change."""
+    conditioner, features = small_flow("x").conditioner, noise(2, 11, 3)
+    x = noise(2, LENGTH)
+    changed = x.clone()
+    changed[:, at] += 1.0
+    before, after = (torch.stack(conditioner(v, features)) for v in (x, changed))
+    assert torch.equal(before[..., : at + 1], after[..., : at + 1])
+    if at + 1 < LENGTH:
+        assert (before[..., at + 1] != after[..., at + 1]).all()
+
+
+@pytest.mark.parametrize("kernel_size", [2, 3])
+def test_receptive_field_is_exact(kernel_size: int) -> None:
+    """The last output depends on exactly `receptive_field` inputs before it."""
+    net = small_wavenet(kernel_size=kernel_size, feature_channels=None, repeat=1)
+    x = noise(1, net.receptive_field + 10).requires_grad_()
+    net(x)[0, -1].sum().backward()
+    assert x.grad is not None
+    (seen,) = x.grad[0].nonzero(as_tuple=True)
+    assert seen.tolist() == list(range(9, net.receptive_field + 9))
+    assert net.receptive_field == 1 + (kernel_size - 1) * (1 + 2 + 4 + 1)
+
+
+@pytest.mark.parametrize("kernel_size", [2, 3])
+@pytest.mark.parametrize("conditional", [True, False])
+def test_steps_equal_the_whole_sequence_from_the_first_sample_on(kernel_size: int, conditional: bool) -> None:
+    """State starts at zero, as the whole sequence is padded; feeding zeros to warm it up would differ."""
+    net = small_wavenet(kernel_size=kernel_size, **({} if conditional else {"feature_channels": None, "repeat": 1}))
+    features = noise(2, 11, 3) if conditional else None
+    x = noise(2, LENGTH)
+    state = net.initial_state(2, features)
+    steps = []
+    for t in range(LENGTH):
+        out, state = net.step(x[:, t - 1] if t else torch.zeros(2).double(), state)
+        steps.append(out)
+    torch.testing.assert_close(torch.stack(steps, 1), net(x, features), rtol=0, atol=1e-12)
+    assert state.time == LENGTH
+
+
+def test_each_feature_governs_exactly_its_own_samples() -> None:
+    """Feature k first acts on sample k * repeat, and not before."""
+    net, x = small_wavenet(), noise(1, LENGTH)
+    features = noise(1, 11, 3)
+    changed = features.clone()
+    changed[:, 6] += 1
+    same = (net(x, features) == net(x, changed)).all(-1)[0]
+    assert same[: 6 * net.repeat].all()
+    assert not same[6 * net.repeat : 7 * net.repeat].any()
+
+
+def test_last_layer_starts_at_zero() -> None:
+    """So that a flow built on the network starts where its caller chose."""
+    net = small_wavenet()
+    for parameter in (net.head.weight, net.head.bias):
+        torch.nn.init.zeros_(parameter)
+    assert not net(noise(1, LENGTH), noise(1, 11, 3)).any()
+
+
+def test_a_conditional_network_says_that_it_needs_features() -> None:
+    with pytest.raises(ValueError, match="needs features"):
+        small_wavenet()(noise(1, LENGTH))
+
+
+def test_encoder_gives_a_crop_the_features_of_the_whole() -> None:
+    """Neither padding nor upsampling lets the border of a crop in."""
+    encoder = MelEncoder(n_mels=5, channels=3, context=2, upsample=(4, 2, 7)).double()
+    mel = noise(1, 5, 30)
+    whole, crop = encoder(mel), encoder(mel[..., 6:21])
+    assert whole.shape == (1, 26 * 8, 3)
+    torch.testing.assert_close(crop, whole[:, 6 * 8 : 17 * 8], rtol=0, atol=1e-12)

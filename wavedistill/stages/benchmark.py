@@ -2,14 +2,16 @@
 
 import datetime
 import functools
+import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torchaudio
@@ -17,11 +19,10 @@ from torch import Tensor
 
 from wavedistill import __version__, sampling
 from wavedistill.audio import LogMel, pad_frames
-from wavedistill.checkpoint import load_model
+from wavedistill.checkpoint import Kind, load_model
 from wavedistill.data import Manifest, random_stream, read_samples
 from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import AutoregressiveAffine
-from wavedistill.models import WaveformModel
 from wavedistill.progress import progress
 
 READS = {"seed", "audio", "conditioning", "teacher", "student", "benchmark"}
@@ -29,46 +30,32 @@ SEQUENTIAL_WARMUP = 100
 """Samples drawn before the cached sampler is timed."""
 
 
+class Job(NamedTuple):
+    """One row to measure."""
+
+    model: Kind
+    sampler: Literal["naive", "cached", "parallel"]
+    threads: int
+    num_samples: int
+
+
 def run(experiment: Experiment) -> str:
     """Write `benchmark.json`; returns a line of result."""
     recipe, device = experiment.recipe, experiment.device
-    teacher, student = (load_model(path, device).model for path in _checkpoints(experiment))
-    settings, rate = recipe.benchmark, recipe.audio.sample_rate
-    lengths = [max(1, round(s * rate / recipe.audio.hop_length)) * recipe.audio.hop_length for s in settings.seconds]
+    settings, hop = recipe.benchmark, recipe.audio.hop_length
+    lengths = [max(1, round(seconds * recipe.audio.sample_rate / hop)) * hop for seconds in settings.seconds]
     # The host's threads do not set the pace of a GPU.
-    threads = settings.threads if device.type == "cpu" else (torch.get_num_threads(),)
-    jobs: list[tuple[str, str, int, int]] = []
+    threads = settings.threads if device.type == "cpu" else settings.threads[:1]
+    jobs = []
     for count in threads:
-        jobs.append(("teacher", "naive", count, settings.naive_samples))
+        jobs.append(Job("teacher", "naive", count, settings.naive_samples))
         for length in lengths:
-            jobs += [("teacher", "cached", count, length), ("student", "parallel", count, length)]
-
-    models = {"teacher": teacher, "student": student}
+            jobs += [Job("teacher", "cached", count, length), Job("student", "parallel", count, length)]
     rows = []
-    for kind, sampler, count, length in progress(iterable=jobs, desc="benchmark", unit="row"):
-        with cpu_threads(count):
-            draw = _sampler(experiment, models[kind], sampler, length)
-            seconds, peak = measure(draw, settings.repeats, device)
-        median = statistics.median(seconds)
-        rows.append(
-            {
-                "model": kind,
-                "sampler": sampler,
-                "device": str(device),
-                "threads": count,
-                "batch_size": 1,
-                "num_samples": length,
-                "seconds_median": median,
-                "seconds_all": seconds,
-                "samples_per_second": length / median,
-                "real_time_factor": length / rate / median,
-                "peak_memory_bytes": peak,
-            }
-        )
-        if sampler == "naive":
-            rows[-1]["note"] = (
-                f"timed {length} samples only, past the first receptive field, where the cost is constant"
-            )
+    for job in progress(iterable=jobs, desc="benchmark", unit="row"):
+        # A process of its own, so that no row inherits another's memory, threads or caches.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            rows.append(pool.submit(measure, experiment, job).result())
     write_json(experiment.benchmark, {"machine": machine(device), "rows": rows})
     speed = {row["sampler"]: row["samples_per_second"] for row in rows if row["threads"] == threads[-1]}
     return (
@@ -78,21 +65,41 @@ def run(experiment: Experiment) -> str:
     )
 
 
-def measure(draw: Callable[[], Any], repeats: int, device: torch.device) -> tuple[list[float], int | None]:
-    """Seconds of each of several calls, with the device idle before and after, and the peak memory in bytes.
+def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
+    """One row: warm up, then time several draws, with the device idle before and after each.
 
-    On a GPU the peak is what PyTorch allocated; on Linux it is the resident size of the process, which includes the
-    interpreter and its libraries; elsewhere it is None.
+    The peak memory is what PyTorch allocated on a GPU, and on a CPU the resident memory of the process, which includes
+    the interpreter and its libraries; None where the system does not tell.
     """
-    _synchronise(device)
-    _reset_peak(device)
+    recipe, device = experiment.recipe, experiment.device
+    torch.set_num_threads(job.threads)
+    draw = _sampler(experiment, job)
     seconds = []
-    for _ in range(repeats):
+    for _ in range(recipe.benchmark.repeats):
+        _synchronise(device)
         start = time.perf_counter()
         draw()
         _synchronise(device)
         seconds.append(time.perf_counter() - start)
-    return seconds, _peak(device)
+    median = statistics.median(seconds)
+    row = {
+        "model": job.model,
+        "sampler": job.sampler,
+        "device": str(device),
+        "threads": job.threads,
+        "batch_size": 1,
+        "num_samples": job.num_samples,
+        "seconds_median": median,
+        "seconds_all": seconds,
+        "samples_per_second": job.num_samples / median,
+        "real_time_factor": job.num_samples / recipe.audio.sample_rate / median,
+        "peak_memory_bytes": _peak(device),
+    }
+    if job.sampler == "naive":
+        row["note"] = (
+            f"timed {job.num_samples} samples only, past the first receptive field, where the cost is constant"
+        )
+    return row
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -112,22 +119,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """Within, PyTorch computes on so many CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _sampler(experiment: Experiment, model: WaveformModel, sampler: str, length: int) -> Callable[[], Tensor]:
-    """A warmed-up call that draws `length` samples, from the same log-mel and noise for every sampler."""
+def _sampler(experiment: Experiment, job: Job) -> Callable[[], Tensor]:
+    """A warmed-up call that draws a job's samples, from the same log-mel and noise for every sampler."""
     recipe, device = experiment.recipe, experiment.device
+    model = load_model(experiment.checkpoint(job.model), device).model
+    length = job.num_samples
     solver: sampling.Solver = sampling.cached
-    if sampler == "naive":
+    if job.sampler == "naive":
         (flow,) = (part for part in model.transform.parts if isinstance(part, AutoregressiveAffine))
         past = sampling.conditioner_of(flow).wavenet.receptive_field
         solver, length = functools.partial(sampling.naive, start=past), past + length
@@ -142,7 +140,7 @@ def _sampler(experiment: Experiment, model: WaveformModel, sampler: str, length:
         with torch.inference_mode():
             return sampling.sample(model(mel), noise, solver)
 
-    draw(noise[:, :SEQUENTIAL_WARMUP] if sampler == "cached" else noise)
+    draw(noise[:, :SEQUENTIAL_WARMUP] if job.sampler == "cached" else noise)
     return lambda: draw(noise)
 
 
@@ -151,19 +149,15 @@ def _synchronise(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif (reset := Path("/proc/self/clear_refs")).exists():
-        reset.write_text("5")
-
-
 def _peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    peaks = [line.split() for line in status.read_text().splitlines() if "VmHWM" in line] if status.exists() else []
-    return int(peaks[0][1]) * 1024 if device.type == "cpu" and peaks else None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _checkpoints(experiment: Experiment) -> list[Path]:

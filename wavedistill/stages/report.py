@@ -105,7 +105,7 @@ def speed_plot(rows: list[dict[str, Any]], sample_rate: int) -> Figure:
     bars = axes.barh(range(len(rows)), speeds, color=[colours[row["sampler"]] for row in rows])
     axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3)
     axes.axvline(sample_rate, color="black", linestyle="--", linewidth=1)
-    axes.annotate("real time", (sample_rate, -0.6), ha="center", va="bottom", annotation_clip=False)
+    axes.set_title("dashed: real time", fontsize="medium")
     axes.set(yticks=range(len(rows)), yticklabels=labels, xscale="log", xlabel="samples per second")
     axes.set_xlim(min(speeds) / 2, max(*speeds, sample_rate) * 4)
     axes.invert_yaxis()

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from wavedistill.config import Recipe, validate_recipe
-from wavedistill.flows import AutoregressiveAffine, Composition, Scale, StandardNormal
+from wavedistill.config import Audio, Recipe, validate_recipe
+from wavedistill.flows import AutoregressiveAffine, StandardNormal
+from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel
 from wavedistill.models import AffineWaveNet, WaveformModel, build
 from wavedistill.wavenet import MelEncoder, WaveNet
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = REPOSITORY / "recipes"
+SMALL_AUDIO = Audio(sample_rate=400, hop_length=8, n_fft=32, n_mels=5, f_min=0, f_max=200, level_db=-20)
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -48,10 +50,16 @@ def small_flow(reads: str, seed: int = 0, **changes: Any) -> AutoregressiveAffin
 
 
 def small_model(kind: str) -> WaveformModel:
-    """A teacher of one flow, or a student of three, on a log-mel of 5 bands with a hop of 8, context 1."""
-    encoder = MelEncoder(5, 3, 1, (2, 4))
+    """A teacher of one flow, or a student of three, then linear prediction: 5 mel bands, a hop of 8, context 1."""
     flows = [small_flow("x")] if kind == "teacher" else [small_flow("z", seed) for seed in range(3)]
-    model = WaveformModel(encoder, Composition([*flows, Scale(0.3)]), StandardNormal())
+    model = WaveformModel(
+        MelEncoder(5, 3, 1, (2, 4)),
+        flows,
+        LinearPrediction(8),
+        LinearPredictionFromMel(SMALL_AUDIO, 4),
+        StandardNormal(),
+        context=1,
+    )
     return randomise(model, seed=7)
 
 

@@ -11,8 +11,10 @@ PACKAGE = REPOSITORY / "wavedistill"
 LAYERS = [
     {"errors", "progress"},
     {"config", "flows", "wavenet"},
-    {"audio", "losses", "models"},
-    {"data", "corpora", "checkpoint", "metrics", "sampling"},
+    {"audio", "losses"},
+    {"linear_prediction", "data", "corpora", "metrics"},
+    {"models"},
+    {"checkpoint", "sampling"},
     {"experiment", "training"},
     {"stages"},
     {"cli"},

@@ -33,15 +33,17 @@ def test_frame_k_of_a_crop_is_frame_k_of_the_file(tmp_path: Path, tiny: Recipe, 
     context, frames = 3, 10
     manifest = corpus(tmp_path / "audio", tiny, [40])
     segments = Segments(manifest, tmp_path / "audio", "train", frames=frames, context=context)
-    mel = audio.LogMel(tiny.audio).double()
-    samples, _ = soundfile.read(tmp_path / "audio" / "0.wav")
-    whole = mel.of_file(torch.from_numpy(samples)[None], context)
-    batch = segments.cut(manifest.utterances[0], first)
-    crop = mel.of_segment(batch.surroundings[None].double(), batch.inside[None])
+    samples, _ = soundfile.read(tmp_path / "audio" / "0.wav", dtype="float32")
+    wave = torch.from_numpy(samples)[None]
+    whole = audio.LogMel(tiny.audio).of_file(wave, context)
+    batch = segments.cut([(manifest.utterances[0], first)])
     assert whole.shape[-1] == 40 + 2 * context
-    torch.testing.assert_close(crop, whole[..., first : first + frames + 2 * context], rtol=0, atol=1e-9)
+    # The same samples, so the same floating-point operations: nothing is left but rounding.
+    torch.testing.assert_close(batch.mel, whole[..., first : first + frames + 2 * context], rtol=0, atol=2e-5)
     hop = tiny.audio.hop_length
-    assert torch.equal(batch.audio.double(), torch.from_numpy(samples)[first * hop : (first + frames) * hop])
+    assert torch.equal(batch.audio, wave[:, first * hop : (first + frames) * hop])
+    padded = torch.nn.functional.pad(wave, (context * hop, context * hop))
+    assert torch.equal(batch.with_margins, padded[:, first * hop : (first + frames + 2 * context) * hop])
 
 
 def test_frames_are_centred_on_their_hops(tiny: Recipe) -> None:

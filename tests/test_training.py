@@ -12,10 +12,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from tests.test_audio import corpus
+from tests.test_audio import corpus, speech_like
 from wavedistill import checkpoint
+from wavedistill.audio import LogMel, rms_db
 from wavedistill.config import Recipe, validate_recipe
-from wavedistill.data import Manifest, dequantise, random_stream
+from wavedistill.data import Batch, Manifest, dequantise, random_stream
 from wavedistill.errors import CheckpointError, TrainingError
 from wavedistill.losses import negative_log_likelihood
 from wavedistill.models import WaveformModel, build
@@ -49,9 +50,9 @@ def train(tmp_path: Path, recipe: Recipe) -> Train:
     ) -> Outcome:
         count = itertools.count(1)
 
-        def terms(model: WaveformModel, audio: Tensor, mel: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
+        def terms(model: WaveformModel, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
             hook(next(count))
-            return {"nll": negative_log_likelihood(model(mel), dequantise(audio, generator)).mean()}
+            return {"nll": negative_log_likelihood(model(batch.mel), dequantise(batch.audio, generator)).mean()}
 
         settings = recipe.teacher.training.model_copy(update={"steps": steps})
         task = Task(
@@ -175,18 +176,26 @@ def test_learning_rate_rises_then_falls(recipe: Recipe) -> None:
     assert 0.05 <= rates[99] < 0.06
 
 
+@pytest.mark.parametrize("order", [0, 24])
 @pytest.mark.parametrize("kind", ["teacher", "student"])
-def test_before_the_first_step_a_sample_has_the_level_of_the_data(tiny: Recipe, kind: str) -> None:
-    model = build(kind, tiny, seed=0)
-    z = model.base.noise((1, 8000), random_stream(0))
-    x = sample(model(torch.zeros(1, tiny.audio.n_mels, 40 + 2 * tiny.conditioning.context)), z)
-    assert abs(x.std() / 10 ** (tiny.audio.level_db / 20) - 1) < 0.1
+def test_before_the_first_step_a_sample_has_the_level_of_the_data(
+    tiny_data: dict[str, Any], kind: str, order: int
+) -> None:
+    """Of all data without linear prediction; with it, of the very recording whose log-mel is given."""
+    tiny_data["linear_prediction"]["order"] = order
+    recipe = validate_recipe(tiny_data, "tiny.toml")
+    model = build(kind, recipe, seed=0)
+    recording = speech_like(8000) * 10 ** (recipe.audio.level_db / 20) / speech_like(8000).std()
+    mel = LogMel(recipe.audio).of_file(recording[None], recipe.conditioning.context)
+    x = sample(model(mel), model.base.noise((1, 8000), random_stream(0)))
+    assert abs(rms_db(x[0]) - recipe.audio.level_db) < 2
     assert abs(x.mean()) < 0.01
 
 
 def test_the_bound_of_log_scale_never_stops_the_gradient(tiny: Recipe) -> None:
     model = build("teacher", tiny, seed=0)
-    conditioner = model.transform.transforms[0].conditioner
+    ((flow, _),) = model.flows.conditioned(None)
+    conditioner = flow.conditioner
     with torch.no_grad():
         conditioner.wavenet.head.bias[1] = -20.0
     _, log_scale = conditioner(torch.zeros(1, 8), model.encoder(torch.zeros(1, tiny.audio.n_mels, 3)))

@@ -25,26 +25,20 @@ class LogMel(nn.Module):
     have exactly F frames.
     """
 
+    filters: Tensor
+
     def __init__(self, settings: Audio) -> None:
         super().__init__()
         self.overlap = settings.overlap
-        self.mel = torchaudio.transforms.MelSpectrogram(
-            settings.sample_rate,
-            settings.n_fft,
-            hop_length=settings.hop_length,
-            f_min=settings.f_min,
-            f_max=settings.f_max,
-            n_mels=settings.n_mels,
-            power=1.0,
-            center=False,
-            norm="slaney",
-            mel_scale="slaney",
+        self.spectrogram = torchaudio.transforms.Spectrogram(
+            settings.n_fft, hop_length=settings.hop_length, power=1.0, center=False
         )
+        self.register_buffer("filters", mel_filters(settings), persistent=False)
 
     def forward(self, audio: Tensor) -> Tensor:
         """Audio (B, F * hop) with `overlap` more samples at either end -> log-mel (B, n_mels, F)."""
-        mel: Tensor = self.mel(audio)
-        return mel.clamp_min(MEL_FLOOR).log()
+        magnitude: Tensor = self.spectrogram(audio)
+        return (self.filters.T @ magnitude).clamp_min(MEL_FLOOR).log()
 
     def of_file(self, audio: Tensor, context: int = 0) -> Tensor:
         """A whole waveform (B, F * hop) -> log-mel (B, n_mels, F + 2 context), with silence before and after it."""
@@ -54,6 +48,19 @@ class LogMel(nn.Module):
     def of_segment(self, audio: Tensor, inside: Tensor) -> Tensor:
         """As `forward`, but frames outside the file, where inside (B, F) is False, are those of `of_file`'s silence."""
         return self(audio).masked_fill(~inside[:, None], LOG_MEL_FLOOR)
+
+
+def mel_filters(settings: Audio) -> Tensor:
+    """The mel filterbank (n_fft / 2 + 1, n_mels) that `LogMel` applies to magnitudes."""
+    return torchaudio.functional.melscale_fbanks(
+        settings.n_fft // 2 + 1,
+        settings.f_min,
+        settings.f_max,
+        settings.n_mels,
+        settings.sample_rate,
+        norm="slaney",
+        mel_scale="slaney",
+    )
 
 
 def pad_frames(mel: Tensor, context: int) -> Tensor:

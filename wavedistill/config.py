@@ -116,6 +116,13 @@ class Conditioning(Section):
     """Factors from frames to samples; their product is the hop length, the last one is plain repetition."""
 
 
+class LinearPrediction(Section):
+    """The last transform of teacher and student, computed from the log-mel."""
+
+    order: NonNegativeInt
+    """Number of coefficients; 0 turns linear prediction off and leaves a fixed scale."""
+
+
 class Network(Section):
     """A WaveNet's width and shape."""
 
@@ -151,7 +158,7 @@ class Teacher(Section):
     base: Literal["normal", "logistic"]
     layers: PositiveInt
     min_log_scale: Annotated[float, Field(lt=0)]
-    """Lower bound of log_scale, in nats relative to the level of the data."""
+    """Lower bound of log_scale, in nats, for a residual of about unit variance."""
     network: Network
     training: Training
 
@@ -170,7 +177,7 @@ class Student(Section):
     flow_layers: Integers
     """Layers of each flow, from noise to waveform."""
     min_log_scale: Annotated[float, Field(lt=0)]
-    """Lower bound of each flow's log_scale, in nats relative to the level of the data."""
+    """Lower bound of each flow's log_scale, in nats, for a residual of about unit variance."""
     spectral_n_ffts: Integers
     """Window lengths of the spectral term, in samples."""
     loss: StudentLoss
@@ -214,6 +221,7 @@ class Recipe(Section):
     audio: Audio
     prepare: Prepare
     conditioning: Conditioning
+    linear_prediction: LinearPrediction
     teacher: Teacher
     student: Student
     evaluate: Evaluate

@@ -1,5 +1,6 @@
 """The prepared corpus: a manifest of utterances, whole or in hop-aligned random segments."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -9,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from wavedistill.audio import PCM16_STEPS
+from wavedistill.audio import PCM16_STEPS, LogMel
 from wavedistill.config import Audio
 from wavedistill.errors import CorpusError
 
@@ -68,25 +69,21 @@ class Manifest(BaseModel):
 
 
 class Batch(NamedTuple):
-    """A batch of segments and the audio that their log-mels are computed from.
+    """A batch of segments, with the margins that conditioning and linear prediction look at.
 
     Attributes:
         audio: (B, F * hop) the segments.
-        surroundings: (B, (F + 2 context) * hop + 2 overlap) segments and surroundings, silent outside the file.
-        inside: (B, F + 2 context) whether a frame lies inside its file.
+        with_margins: (B, (F + 2 context) * hop) the segments with the audio around them, silent outside the file.
+        mel: (B, n_mels, F + 2 context) the log-mel of `with_margins`, as it is in the whole file.
     """
 
     audio: Tensor
-    surroundings: Tensor
-    inside: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        return Batch(*(tensor.to(device) for tensor in self))
+    with_margins: Tensor
+    mel: Tensor
 
 
 class Segments:
-    """Hop-aligned segments of one split, with the surroundings their log-mels need.
+    """Hop-aligned segments of one split, and their log-mels, computed on the fly.
 
     Args:
         manifest: the prepared corpus.
@@ -94,11 +91,22 @@ class Segments:
         split: the part to draw from.
         frames: length of a segment in hops.
         context: mel frames needed on either side of it.
+        device: where the batches go.
     """
 
-    def __init__(self, manifest: Manifest, folder: Path, split: Split, *, frames: int, context: int) -> None:
-        self.folder, self.frames, self.context = folder, frames, context
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        split: Split,
+        *,
+        frames: int,
+        context: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.folder, self.frames, self.context, self.device = folder, frames, context, device
         self.hop_length, self.overlap = manifest.audio.hop_length, manifest.audio.overlap
+        self.log_mel = LogMel(manifest.audio).to(device)
         self.utterances = [u for u in manifest.of(split) if u.frames >= frames]
         if not self.utterances:
             longest = max((u.frames for u in manifest.of(split)), default=0)
@@ -112,20 +120,28 @@ class Segments:
         """A batch of random segments, every position of the corpus equally likely."""
         chosen = torch.multinomial(self._weights, batch_size, replacement=True, generator=generator)
         offsets = torch.rand(batch_size, generator=generator, dtype=torch.float64)
-        segments = []
+        places = []
         for index, offset in zip(chosen.tolist(), offsets.tolist(), strict=True):
             utterance = self.utterances[index]
-            segments.append(self.cut(utterance, int(offset * (utterance.frames - self.frames + 1))))
-        return Batch(*(torch.stack(tensors) for tensors in zip(*segments, strict=True)))
+            places.append((utterance, int(offset * (utterance.frames - self.frames + 1))))
+        return self.cut(places)
 
-    def cut(self, utterance: Utterance, first_frame: int) -> Batch:
-        """The segment that starts at a frame of an utterance, without a batch axis."""
-        margin = self.context * self.hop_length + self.overlap
-        start, length = first_frame * self.hop_length, self.frames * self.hop_length
-        surroundings = read_samples(self.folder, utterance, start - margin, length + 2 * margin)
-        frames = torch.arange(first_frame - self.context, first_frame + self.frames + self.context)
-        inside = (frames >= 0) & (frames < utterance.frames)
-        return Batch(surroundings[margin : margin + length], surroundings, inside)
+    def cut(self, places: Sequence[tuple[Utterance, int]]) -> Batch:
+        """The segments that start at given frames of given utterances."""
+        margin = self.context * self.hop_length
+        around, length = margin + self.overlap, self.frames * self.hop_length
+        surroundings, inside = [], []
+        for utterance, first in places:
+            start = first * self.hop_length - around
+            surroundings.append(read_samples(self.folder, utterance, start, length + 2 * around))
+            frames = torch.arange(first - self.context, first + self.frames + self.context)
+            inside.append((frames >= 0) & (frames < utterance.frames))
+        wide = torch.stack(surroundings).to(self.device)
+        return Batch(
+            audio=wide[:, around : around + length],
+            with_margins=wide[:, self.overlap : self.overlap + length + 2 * margin],
+            mel=self.log_mel.of_segment(wide, torch.stack(inside).to(self.device)),
+        )
 
 
 def read_samples(folder: Path, utterance: Utterance, start: int = 0, length: int | None = None) -> Tensor:

@@ -6,7 +6,7 @@ Jacobian, so that a mask or a per-step estimator needs no second implementation;
 
 import math
 from collections.abc import Iterable
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,21 +52,25 @@ class StandardLogistic:
 BASES: dict[str, Base] = {"normal": StandardNormal(), "logistic": StandardLogistic()}
 
 
+Context = Any
+"""What a transform is conditioned on: for a network, features; for a `Composition`, a sequence of one for each part."""
+
+
 class Conditioner(Protocol):
     """A strictly causal function: the parameters at t see only the input before t."""
 
-    def __call__(self, past_of: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, /, context: Context) -> tuple[Tensor, Tensor]:
         """Shift and log_scale at every t, (B, T) each, of the input (B, T)."""
 
 
 class Transform(nn.Module):
     """A bijection: `forward` is z -> x, `inverse` is x -> z, each with its `ladj`, each at most one network call."""
 
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         """x = f(z) and log|dx/dz|, (B, T) each."""
         raise NotImplementedError
 
-    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         """z = f^-1(x) and log|dz/dx|, (B, T) each."""
         raise NotImplementedError
 
@@ -89,14 +93,14 @@ class AutoregressiveAffine(Transform):
         self.conditioner = conditioner
         self.reads = reads
 
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         if self.reads == "x":
             raise SequentialDirectionError(
                 "x of a masked autoregressive flow is drawn step by step: wavedistill.sampling"
             )
         return self.to_x(z, *self.conditioner(z, context))
 
-    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         if self.reads == "z":
             raise SequentialDirectionError(
                 "z of an inverse autoregressive flow is found step by step: wavedistill.sampling"
@@ -123,10 +127,10 @@ class Scale(Transform):
         super().__init__()
         self.register_buffer("log_scale", torch.tensor(math.log(scale)))
 
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         return z * self.log_scale.exp(), self.log_scale.expand_as(z)
 
-    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         return x * (-self.log_scale).exp(), -self.log_scale.expand_as(x)
 
 
@@ -142,22 +146,22 @@ class Composition(Transform):
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
-    @property
-    def transforms(self) -> list[Transform]:
-        """The parts, from z to x."""
-        return cast(list[Transform], list(self.parts))
+    def conditioned(self, context: Context) -> list[tuple[Transform, Context]]:
+        """Each part with its own context, from z to x."""
+        contexts = [None] * len(self.parts) if context is None else context
+        return list(zip(cast(list[Transform], list(self.parts)), contexts, strict=True))
 
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         total = torch.zeros_like(z)
-        for part in self.transforms:
-            z, ladj = part(z, context)
+        for part, own in self.conditioned(context):
+            z, ladj = part(z, own)
             total = total + ladj
         return z, total
 
-    def inverse(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         total = torch.zeros_like(x)
-        for part in reversed(self.transforms):
-            x, ladj = part.inverse(x, context)
+        for part, own in reversed(self.conditioned(context)):
+            x, ladj = part.inverse(x, own)
             total = total + ladj
         return x, total
 
@@ -168,7 +172,7 @@ class FlowDistribution:
     .. math:: \log p(x) = \sum_t \log p_{base}(z_t) - \log|\det \partial x / \partial z|
     """
 
-    def __init__(self, transform: Transform, base: Base, context: Tensor | None = None) -> None:
+    def __init__(self, transform: Transform, base: Base, context: Context = None) -> None:
         self.transform, self.base, self.context = transform, base, context
 
     def log_prob_steps(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torchaudio
 from pystoi import stoi
 from torch import Tensor
 
-from wavedistill.audio import LOG_MEL_FLOOR, pad_frames, rms_db, to_pcm16
+from wavedistill.audio import LOG_MEL_FLOOR, mel_filters, pad_frames, rms_db, to_pcm16
 from wavedistill.config import Audio
 
 PESQ_SAMPLE_RATE = 16000
@@ -99,16 +99,7 @@ def griffin_lim(log_mel: Tensor, settings: Audio, iterations: int = 60) -> Tenso
     """
     # Frames here are centred on hops, librosa's on their borders: one more frame on either side, then half a hop off.
     mel = pad_frames(log_mel, 1).exp().where(pad_frames(log_mel, 1) > LOG_MEL_FLOOR, 0.0).numpy()
-    filters = torchaudio.functional.melscale_fbanks(
-        settings.n_fft // 2 + 1,
-        settings.f_min,
-        settings.f_max,
-        settings.n_mels,
-        settings.sample_rate,
-        norm="slaney",
-        mel_scale="slaney",
-    ).numpy()
-    magnitude = np.maximum(np.linalg.pinv(filters.T) @ mel, 0)
+    magnitude = np.maximum(np.linalg.pinv(mel_filters(settings).T.numpy()) @ mel, 0)
     audio = librosa.griffinlim(
         magnitude, n_iter=iterations, hop_length=settings.hop_length, n_fft=settings.n_fft, random_state=0
     )

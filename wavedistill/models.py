@@ -1,11 +1,24 @@
 """Teacher and student: the only place where a network meets a flow."""
 
+from collections.abc import Iterable
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavedistill.config import Network, Recipe
-from wavedistill.flows import BASES, AutoregressiveAffine, Base, Composition, FlowDistribution, Scale, Transform
+from wavedistill.config import Recipe, Student, Teacher
+from wavedistill.flows import (
+    BASES,
+    AutoregressiveAffine,
+    Base,
+    Composition,
+    Context,
+    FlowDistribution,
+    Scale,
+    Transform,
+)
+from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel
 from wavedistill.wavenet import MelEncoder, WaveNet, WaveNetState
 
 
@@ -41,36 +54,68 @@ class AffineWaveNet(nn.Module):
 class WaveformModel(nn.Module):
     """A conditional density of waveforms: applied to a log-mel it *is* a distribution.
 
+    Its last transform, from a residual of unit variance to the waveform, is a function of the log-mel alone: linear
+    prediction, or a fixed scale. Teacher and student share it, so that their KL is that of their residuals' densities.
+
     Args:
         encoder: log-mel -> conditioning features.
-        transform: the bijection between noise and waveform.
+        flows: the bijection between noise and residual.
+        shared: the bijection between residual and waveform.
+        envelope: log-mel -> the context of linear prediction, or None where `shared` needs none.
         base: the distribution of the noise.
+        context: frames of log-mel needed on either side.
     """
 
-    def __init__(self, encoder: MelEncoder, transform: Composition, base: Base) -> None:
+    def __init__(
+        self,
+        encoder: MelEncoder,
+        flows: Iterable[AutoregressiveAffine],
+        shared: Transform,
+        envelope: LinearPredictionFromMel | None,
+        base: Base,
+        context: int,
+    ) -> None:
         super().__init__()
-        self.encoder, self.transform, self.base = encoder, transform, base
+        self.encoder, self.envelope, self.base, self.context = encoder, envelope, base, context
+        self.flows, self.shared = Composition(flows), shared
 
     def forward(self, mel: Tensor) -> FlowDistribution:
         """The density of waveforms (B, F * hop_length) given log-mel (B, n_mels, F + 2 context)."""
-        return FlowDistribution(self.transform, self.base, self.encoder(mel))
+        residual = self.residual(mel)
+        transform = Composition([self.flows, self.shared])
+        return FlowDistribution(transform, self.base, [residual.context, self.shared_context(mel)])
+
+    def residual(self, mel: Tensor) -> FlowDistribution:
+        """The density of residuals (B, F * hop_length) given log-mel (B, n_mels, F + 2 context)."""
+        return FlowDistribution(self.flows, self.base, [self.encoder(mel)] * len(self.flows.parts))
+
+    def shared_context(self, mel: Tensor, margin: int = 0) -> Context:
+        """What the last transform is conditioned on, for F + 2 margin frames, margin at most the context."""
+        if self.envelope is None:
+            return None
+        cut = self.context - margin
+        return self.envelope(mel[..., cut : mel.shape[-1] - cut])
+
+    def analyse(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual and its per-step ladj (B, F * hop) of the middle of audio (B, (F + 2 context) * hop).
+
+        The margins give the first samples their true past; so do zeros, where the audio starts.
+        """
+        residual, ladj = self.shared.inverse(audio, self.shared_context(mel, self.context))
+        margin = audio.shape[1] // mel.shape[-1] * self.context
+        return residual[:, margin : audio.shape[1] - margin], ladj[:, margin : audio.shape[1] - margin]
 
 
 def teacher(recipe: Recipe) -> WaveformModel:
-    """The autoregressive teacher of a recipe: a masked autoregressive flow at unit variance, then the data's scale."""
+    """The autoregressive teacher of a recipe: a masked autoregressive flow, then linear prediction."""
     settings = recipe.teacher
-    flow = AutoregressiveAffine(_conditioner(recipe, settings.network, settings.layers, settings.min_log_scale), "x")
-    return _model(recipe, settings.base, [flow])
+    return _model(recipe, settings.base, [_flow(recipe, settings, settings.layers, "x")])
 
 
 def student(recipe: Recipe) -> WaveformModel:
-    """The parallel student of a recipe: K inverse autoregressive flows at unit variance, then the data's scale."""
+    """The parallel student of a recipe: K inverse autoregressive flows, then linear prediction."""
     settings = recipe.student
-    flows = [
-        AutoregressiveAffine(_conditioner(recipe, settings.network, layers, settings.min_log_scale), "z")
-        for layers in settings.flow_layers
-    ]
-    return _model(recipe, settings.base, flows)
+    return _model(recipe, settings.base, [_flow(recipe, settings, layers, "z") for layers in settings.flow_layers])
 
 
 def build(kind: str, recipe: Recipe, seed: int) -> WaveformModel:
@@ -81,26 +126,28 @@ def build(kind: str, recipe: Recipe, seed: int) -> WaveformModel:
 
 
 def _model(recipe: Recipe, base: str, flows: list[AutoregressiveAffine]) -> WaveformModel:
-    encoder = MelEncoder(
-        recipe.audio.n_mels,
-        recipe.conditioning.channels,
-        recipe.conditioning.context,
-        recipe.conditioning.upsample,
+    conditioning, order = recipe.conditioning, recipe.linear_prediction.order
+    # `prepare` brings every utterance to the level, so without linear prediction it is the data's standard deviation.
+    scale = 10 ** (recipe.audio.level_db / 20)
+    return WaveformModel(
+        MelEncoder(recipe.audio.n_mels, conditioning.channels, conditioning.context, conditioning.upsample),
+        flows,
+        LinearPrediction(recipe.audio.hop_length) if order else Scale(scale),
+        LinearPredictionFromMel(recipe.audio, order) if order else None,
+        BASES[base],
+        conditioning.context,
     )
-    # `prepare` brings every utterance to this level, so it is the data's standard deviation.
-    parts: list[Transform] = [*flows, Scale(10 ** (recipe.audio.level_db / 20))]
-    return WaveformModel(encoder, Composition(parts), BASES[base])
 
 
-def _conditioner(recipe: Recipe, network: Network, layers: int, min_log_scale: float) -> AffineWaveNet:
+def _flow(recipe: Recipe, settings: Teacher | Student, layers: int, reads: Literal["x", "z"]) -> AutoregressiveAffine:
     wavenet = WaveNet(
         layers=layers,
-        dilation_cycle=network.dilation_cycle,
-        kernel_size=network.kernel_size,
-        channels=network.channels,
-        skip_channels=network.skip_channels,
+        dilation_cycle=settings.network.dilation_cycle,
+        kernel_size=settings.network.kernel_size,
+        channels=settings.network.channels,
+        skip_channels=settings.network.skip_channels,
         out_channels=2,
         feature_channels=recipe.conditioning.channels,
         repeat=recipe.conditioning.upsample[-1],
     )
-    return AffineWaveNet(wavenet, min_log_scale)
+    return AutoregressiveAffine(AffineWaveNet(wavenet, settings.min_log_scale), reads)

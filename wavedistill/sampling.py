@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from wavedistill.flows import AutoregressiveAffine, Composition, FlowDistribution, Transform
+from wavedistill.flows import AutoregressiveAffine, Composition, Context, FlowDistribution, Transform
 from wavedistill.models import AffineWaveNet
 from wavedistill.progress import progress
 
@@ -63,11 +63,11 @@ def sample(distribution: FlowDistribution, noise: Tensor, solver: Solver = cache
     A lower temperature is noise scaled by it.
     """
     x = noise
-    for part in _parts(distribution.transform):
+    for part, context in _flat(distribution.transform, distribution.context):
         if isinstance(part, AutoregressiveAffine) and part.reads == "x":
-            x = solver(part, x, distribution.context, label)
+            x = solver(part, x, context, label)
         else:
-            x, _ = part(x, distribution.context)
+            x, _ = part(x, context)
     return x
 
 
@@ -75,15 +75,22 @@ def sample(distribution: FlowDistribution, noise: Tensor, solver: Solver = cache
 def invert(distribution: FlowDistribution, x: Tensor, solver: Solver = cached) -> tuple[Tensor, Tensor]:
     """The noise z (B, T) of a waveform x (B, T) and the per-step log density (B, T) of x, for a flow of any kind."""
     log_prob = torch.zeros_like(x)
-    for part in reversed(_parts(distribution.transform)):
+    for part, context in reversed(_flat(distribution.transform, distribution.context)):
         if isinstance(part, AutoregressiveAffine) and part.reads == "z":
-            z = solver(part, x, distribution.context, None)
-            _, ladj = part(z, distribution.context)
+            z = solver(part, x, context, None)
+            _, ladj = part(z, context)
             x, log_prob = z, log_prob - ladj
         else:
-            x, ladj = part.inverse(x, distribution.context)
+            x, ladj = part.inverse(x, context)
             log_prob = log_prob + ladj
     return x, log_prob + distribution.base.log_prob(x)
+
+
+def _flat(transform: Transform, context: Context) -> list[tuple[Transform, Context]]:
+    """The simple transforms of a composition, each with its context, from z to x."""
+    if not isinstance(transform, Composition):
+        return [(transform, context)]
+    return [simple for part, own in transform.conditioned(context) for simple in _flat(part, own)]
 
 
 def conditioner_of(flow: AutoregressiveAffine) -> AffineWaveNet:
@@ -95,10 +102,6 @@ def conditioner_of(flow: AutoregressiveAffine) -> AffineWaveNet:
     if not isinstance(flow.conditioner, AffineWaveNet):
         raise TypeError(f"sequential sampling steps an AffineWaveNet, not a {type(flow.conditioner).__name__}")
     return flow.conditioner
-
-
-def _parts(transform: Transform) -> list[Transform]:
-    return transform.transforms if isinstance(transform, Composition) else [transform]
 
 
 def _solve(flow: AutoregressiveAffine, given: Tensor, shift: Tensor, log_scale: Tensor) -> Tensor:

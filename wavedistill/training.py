@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from wavedistill import checkpoint
-from wavedistill.audio import LOG_MEL_FLOOR, LogMel
+from wavedistill.audio import LOG_MEL_FLOOR
 from wavedistill.checkpoint import Kind
 from wavedistill.config import Recipe, Training
-from wavedistill.data import Manifest, Segments, random_stream
+from wavedistill.data import Batch, Manifest, Segments, random_stream
 from wavedistill.errors import TrainingError
 from wavedistill.models import WaveformModel, build
 from wavedistill.progress import note, progress
@@ -44,7 +44,7 @@ class Task(NamedTuple):
 
     kind: Kind
     settings: Training
-    terms: Callable[[WaveformModel, Tensor, Tensor, torch.Generator], Mapping[str, Tensor]]
+    terms: Callable[[WaveformModel, Batch, torch.Generator], Mapping[str, Tensor]]
     weights: Mapping[str, float]
     sample: Callable[[WaveformModel, Tensor], Tensor]
 
@@ -150,8 +150,7 @@ class _Batches:
     def __init__(
         self, task: Task, manifest: Manifest, audio_folder: Path, recipe: Recipe, device: torch.device
     ) -> None:
-        self.task, self.recipe, self.device = task, recipe, device
-        self.log_mel = LogMel(recipe.audio).to(device)
+        self.task, self.recipe = task, recipe
         self.train, self.valid = (
             Segments(
                 manifest,
@@ -159,6 +158,7 @@ class _Batches:
                 split,
                 frames=task.settings.segment_frames,
                 context=recipe.conditioning.context,
+                device=device,
             )
             for split in ("train", "valid")
         )
@@ -180,19 +180,14 @@ class _Batches:
     @torch.no_grad()
     def preview(self, model: WaveformModel, writer: SummaryWriter, step: int) -> None:
         """Log audio and log-mel of one validation segment, as recorded and as the model draws it."""
-        audio, mel = self._batch(self.valid, 1, random_stream(self.recipe.seed, VALID, 0))
-        for name, wave in (("recorded", audio), ("drawn", self.task.sample(model, mel))):
+        batch = self.valid.draw(1, random_stream(self.recipe.seed, VALID, 0))
+        for name, wave in (("recorded", batch.audio), ("drawn", self.task.sample(model, batch.mel))):
             writer.add_audio(name, wave[0].clamp(-1, 1), step, self.recipe.audio.sample_rate)
-            picture = self.log_mel.of_file(wave)[0].flip(0) / -LOG_MEL_FLOOR + 1
+            picture = self.valid.log_mel.of_file(wave)[0].flip(0) / -LOG_MEL_FLOOR + 1
             writer.add_image(f"log-mel {name}", picture.clamp(0, 1), step, dataformats="HW")
 
-    def _batch(self, segments: Segments, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        batch = segments.draw(size, generator).to(self.device)
-        return batch.audio, self.log_mel.of_segment(batch.surroundings, batch.inside)
-
     def _terms(self, model: WaveformModel, segments: Segments, generator: torch.Generator) -> Mapping[str, Tensor]:
-        audio, mel = self._batch(segments, self.task.settings.batch_size, generator)
-        return self.task.terms(model, audio, mel, generator)
+        return self.task.terms(model, segments.draw(self.task.settings.batch_size, generator), generator)
 
 
 class State:

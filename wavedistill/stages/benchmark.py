@@ -25,7 +25,7 @@ from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import AutoregressiveAffine
 from wavedistill.progress import progress
 
-READS = {"seed", "audio", "conditioning", "teacher", "student", "benchmark"}
+READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "benchmark"}
 SEQUENTIAL_WARMUP = 100
 """Samples drawn before the cached sampler is timed."""
 
@@ -126,7 +126,8 @@ def _sampler(experiment: Experiment, job: Job) -> Callable[[], Tensor]:
     length = job.num_samples
     solver: sampling.Solver = sampling.cached
     if job.sampler == "naive":
-        (flow,) = (part for part in model.transform.parts if isinstance(part, AutoregressiveAffine))
+        ((flow, _),) = model.flows.conditioned(None)
+        assert isinstance(flow, AutoregressiveAffine)
         past = sampling.conditioner_of(flow).wavenet.receptive_field
         solver, length = functools.partial(sampling.naive, start=past), past + length
     frames = -(-length // recipe.audio.hop_length)

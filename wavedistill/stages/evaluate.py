@@ -17,7 +17,7 @@ from wavedistill.models import WaveformModel, build
 from wavedistill.progress import note, progress
 from wavedistill.sampling import sample
 
-READS = {"seed", "audio", "conditioning", "teacher", "student", "evaluate"}
+READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "evaluate"}
 DEQUANTISE, DRAW, SYNTHESISE = 10, 11, 12
 """Purposes of random streams."""
 

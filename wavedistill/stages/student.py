@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from wavedistill.checkpoint import load_model
-from wavedistill.data import Manifest, random_stream
+from wavedistill.data import Batch, Manifest, random_stream
 from wavedistill.experiment import Experiment, Stage, fingerprint
 from wavedistill.losses import monte_carlo_kl, spectral_distance
 from wavedistill.models import WaveformModel
 from wavedistill.sampling import sample
 from wavedistill.training import Task, fit
 
-READS = {"seed", "audio", "conditioning", "student"}
+READS = {"seed", "audio", "conditioning", "linear_prediction", "student"}
 """The parts of the recipe that the student's training depends on."""
 
 
@@ -31,10 +31,13 @@ def run(experiment: Experiment) -> str:
     def noise_for(model: WaveformModel, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return model.base.noise(shape, generator).to(experiment.device)
 
-    def terms(model: WaveformModel, audio: Tensor, mel: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
-        noise = noise_for(model, tuple(audio.shape), generator)
-        kl, x = monte_carlo_kl(model(mel), teacher(mel), noise)
-        return {"kl": kl.mean(), "spectral": spectral_distance(x, audio, recipe.student.spectral_n_ffts).mean()}
+    def terms(model: WaveformModel, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+        noise = noise_for(model, tuple(batch.audio.shape), generator)
+        # Both end in the same transform of the residual, under which a KL is invariant.
+        kl, residual = monte_carlo_kl(model.residual(batch.mel), teacher.residual(batch.mel), noise)
+        x, _ = model.shared(residual, model.shared_context(batch.mel))
+        spectral = spectral_distance(x, batch.audio, recipe.student.spectral_n_ffts)
+        return {"kl": kl.mean(), "spectral": spectral.mean()}
 
     def draw(model: WaveformModel, mel: Tensor) -> Tensor:
         length = recipe.student.training.segment_frames * recipe.audio.hop_length

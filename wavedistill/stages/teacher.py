@@ -5,14 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from wavedistill.data import Manifest, dequantise, random_stream
+from wavedistill.data import Batch, Manifest, dequantise, random_stream
 from wavedistill.experiment import Experiment, Stage, fingerprint
-from wavedistill.losses import negative_log_likelihood
 from wavedistill.models import WaveformModel
 from wavedistill.sampling import sample
 from wavedistill.training import Task, fit
 
-READS = {"seed", "audio", "conditioning", "teacher"}
+READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher"}
 """The parts of the recipe that the teacher's training depends on."""
 PREVIEW_SECONDS = 0.25
 """Sequential sampling is slow: the log hears this much."""
@@ -22,8 +21,10 @@ def run(experiment: Experiment) -> str:
     """Train, or go on training; returns a line of result."""
     recipe = experiment.recipe
 
-    def terms(model: WaveformModel, audio: Tensor, mel: Tensor, generator: torch.Generator) -> Mapping[str, Tensor]:
-        return {"nll": negative_log_likelihood(model(mel), dequantise(audio, generator)).mean()}
+    def terms(model: WaveformModel, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+        residual, ladj = model.analyse(dequantise(batch.with_margins, generator), batch.mel)
+        log_prob = model.residual(batch.mel).log_prob_steps(residual) + ladj
+        return {"nll": -log_prob.mean()}
 
     def draw(model: WaveformModel, mel: Tensor) -> Tensor:
         length = min(

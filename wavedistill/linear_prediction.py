@@ -1,0 +1,154 @@
+"""Linear prediction as a flow: an autoregressive bijection with a linear conditioner, computed from the log-mel."""
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wavedistill.audio import PCM16_STEPS, mel_filters
+from wavedistill.config import Audio
+from wavedistill.flows import Context, Transform
+
+LAG_WINDOW_HZ = 40
+"""Width of the lag window: spectral peaks of an envelope are at least about this wide."""
+
+
+class LinearPrediction(Transform):
+    r"""Linear prediction between a residual e and the signal x, with filters that are constant within a frame.
+
+    .. math:: x_t = \sum_k a_k x_{t-k} + g e_t, \qquad e_t = (x_t - \sum_k a_k x_{t-k}) / g, \qquad
+              \log|\det J| = \sum_t \log g_t
+
+    Triangular in both directions (Makhoul 1975). The inverse, analysis, is one parallel pass; the forward direction,
+    synthesis, is a recurrence of a few dozen multiplications a sample, compiled for the CPU, and differentiable in e.
+    The context is a pair of coefficients (B, F, K) and log-gains (B, F), for at least T / hop_length frames.
+
+    Args:
+        hop_length: samples a frame.
+    """
+
+    def __init__(self, hop_length: int) -> None:
+        super().__init__()
+        self.hop_length = hop_length
+
+    def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+        coefficients, log_gain = context
+        log_gain = self._per_sample(log_gain, z.shape[1])
+        return _Synthesis.apply(z * log_gain.exp(), coefficients, self.hop_length), log_gain
+
+    def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+        coefficients, log_gain = context
+        length, order = x.shape[1], coefficients.shape[-1]
+        frames = math.ceil(length / self.hop_length)
+        past = F.pad(x, (order, frames * self.hop_length - length)).unfold(1, order, 1)  # row t: x_{t-K} ... x_{t-1}
+        blocks = past[:, : frames * self.hop_length].unflatten(1, (frames, self.hop_length))  # (B, F, hop, K)
+        predicted = torch.einsum("bfhk,bfk->bfh", blocks, coefficients[:, :frames].flip(-1)).flatten(1)[:, :length]
+        log_gain = self._per_sample(log_gain, length)
+        return (x - predicted) * (-log_gain).exp(), -log_gain
+
+    def _per_sample(self, frames: Tensor, length: int) -> Tensor:
+        return frames.repeat_interleave(self.hop_length, 1)[:, :length]
+
+
+class LinearPredictionFromMel(nn.Module):
+    r"""Coefficients and gain of linear prediction, :math:`x_t = \sum_k a_k x_{t-k} + g e_t`, from log-mel frames.
+
+    A mel frame fixes a spectral envelope: band amplitudes, interpolated log-linearly over frequency, squared, and
+    transformed to an autocorrelation, whose normal equations the Levinson-Durbin recursion solves (Makhoul 1975). A
+    Gaussian lag window and the noise of 16-bit quantisation keep every filter stable, for whatever the frame holds. The
+    gain is scaled so that the residual of noise-like audio has unit variance.
+
+    Args:
+        settings: of the log-mel.
+        order: number of coefficients K.
+    """
+
+    interpolation: Tensor
+    band_gain: Tensor
+    lag_window: Tensor
+
+    def __init__(self, settings: Audio, order: int) -> None:
+        super().__init__()
+        self.order = order
+        filters = mel_filters(settings).T.double()  # (n_mels, bins)
+        gain = filters.sum(1)
+        centres = (filters @ torch.arange(filters.shape[1]).double() / gain)[gain > 0].numpy()
+        # A band so narrow that it holds no bin says nothing: its neighbours are interpolated.
+        used = np.eye(len(gain))[(gain > 0).numpy()]
+        bins = np.arange(filters.shape[1])
+        interpolation = np.stack([np.interp(bins, centres, column) for column in used.T], 1)  # (bins, n_mels)
+        lag = 2 * np.pi * LAG_WINDOW_HZ / settings.sample_rate * np.arange(order + 1)
+        # The mean magnitude of noise is sqrt(pi) / 2 of its RMS, and the analysis window scales its power.
+        window_power = torch.hann_window(settings.n_fft).double().square().sum()
+        self.register_buffer("interpolation", torch.from_numpy(interpolation), persistent=False)
+        self.register_buffer("band_gain", gain.clamp_min(1e-30).log(), persistent=False)
+        self.register_buffer("lag_window", torch.from_numpy(np.exp(-0.5 * lag**2)), persistent=False)
+        self.power_scale = float(4 / torch.pi / window_power)
+
+    def forward(self, log_mel: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-mel (B, n_mels, F) -> coefficients (B, F, order) and log-gain (B, F); without gradient."""
+        with torch.no_grad():
+            bands = log_mel.transpose(1, 2).double() - self.band_gain
+            power = (2 * bands @ self.interpolation.T).exp() * self.power_scale  # (B, F, bins)
+            autocorrelation = torch.fft.irfft(power)[..., : self.order + 1] * self.lag_window
+            autocorrelation[..., 0] += 1 / (12 * PCM16_STEPS**2)
+            coefficients, error = levinson_durbin(autocorrelation)
+        return coefficients.to(log_mel.dtype), 0.5 * error.log().to(log_mel.dtype)
+
+
+def levinson_durbin(autocorrelation: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients (..., K) of linear prediction, and its error power (...), from autocorrelation (..., K + 1)."""
+    error = autocorrelation[..., 0]
+    coefficients = autocorrelation[..., :0]
+    for k in range(1, autocorrelation.shape[-1]):
+        known = autocorrelation[..., 1:k].flip(-1)
+        reflection = (autocorrelation[..., k] - (coefficients * known).sum(-1)) / error
+        change = reflection[..., None] * coefficients.flip(-1)
+        coefficients = torch.cat([coefficients - change, reflection[..., None]], -1)
+        error = error * (1 - reflection.square())
+    return coefficients, error
+
+
+class _Synthesis(torch.autograd.Function):
+    r"""The all-pole filter :math:`x_t = \sum_k a_k x_{t-k} + u_t`, differentiable in u.
+
+    Runs on the CPU whatever the device. The gradient is the transposed filter, run backwards:
+    :math:`\lambda_t = \partial_t + \sum_k a_k^{(t+k)} \lambda_{t+k}`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, excitation: Tensor, coefficients: Tensor, hop_length: int) -> Tensor:
+        ctx.coefficients, ctx.hop_length = coefficients.cpu().numpy(), hop_length
+        x = excitation.detach().cpu().numpy().copy()
+        _filter(x, ctx.coefficients, hop_length)
+        return torch.from_numpy(x).to(excitation.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        adjoint = grad.cpu().numpy().copy()
+        _filter_transposed(adjoint, ctx.coefficients, ctx.hop_length)
+        return torch.from_numpy(adjoint).to(grad.device), None, None
+
+
+@numba.njit(cache=True, nogil=True)
+def _filter(x: np.ndarray, a: np.ndarray, hop: int) -> None:
+    """Replace the excitation x (B, T) by the output of the filter a (B, F, K)."""
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            total = x[b, t]
+            for k in range(min(a.shape[2], t)):
+                total += a[b, t // hop, k] * x[b, t - 1 - k]
+            x[b, t] = total
+
+
+@numba.njit(cache=True, nogil=True)
+def _filter_transposed(x: np.ndarray, a: np.ndarray, hop: int) -> None:
+    """Replace the gradient x (B, T) of the output of `_filter` by that of its excitation."""
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1] - 1, -1, -1):
+            for k in range(min(a.shape[2], t)):
+                x[b, t - 1 - k] += a[b, t // hop, k] * x[b, t]

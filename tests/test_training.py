@@ -29,6 +29,7 @@ STEPS = 24
 @pytest.fixture
 def recipe(tiny_data: dict[str, Any]) -> Recipe:
     tiny_data["teacher"]["layers"] = 3
+    tiny_data["linear_prediction"]["order"] = 0  # which leaves the network more to learn
     tiny_data["teacher"]["training"].update(
         steps=STEPS, batch_size=2, segment_frames=4, validate_every=8, validate_batches=1
     )
@@ -110,7 +111,7 @@ def test_training_lowers_the_validation_loss_and_keeps_the_best(tmp_path: Path, 
     log.Reload()
     valid = {event.step: event.value for event in log.Scalars("valid/nll")}
     assert list(valid) == [0, 8, 16, 24]
-    assert valid[24] < valid[0] - 0.05
+    assert valid[24] < valid[0] - 0.3
     assert outcome.step == min(valid, key=lambda step: valid[step])
     assert abs(outcome.valid["nll"] - min(valid.values())) < 1e-6
     assert {"recorded", "drawn"} <= set(log.Tags()["audio"])

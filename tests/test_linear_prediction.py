@@ -1,0 +1,111 @@
+"""Linear prediction as a flow: exact, stable for every mel, and the envelope it claims."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import scipy.linalg
+import scipy.signal
+import torch
+from torch import Tensor
+
+from tests.conftest import noise
+from tests.test_audio import speech_like
+from wavedistill.audio import LogMel
+from wavedistill.config import Recipe
+from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel, levinson_durbin
+
+HOP = 200
+ORDER = 24
+
+
+def envelope_of(tiny: Recipe, audio: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients and log-gain of a waveform (T,) in float64, by way of its log-mel."""
+    mel = LogMel(tiny.audio).of_file(audio[None].float()).double()
+    return LinearPredictionFromMel(tiny.audio, ORDER)(mel)
+
+
+def tone(frequency: float) -> Tensor:
+    return torch.sin(2 * math.pi * frequency / 16000 * torch.arange(6000))
+
+
+SOUNDS: dict[str, Callable[[], Tensor]] = {
+    "speech-like": lambda: speech_like(6000),
+    "silence": lambda: torch.zeros(6000),
+    "clipping": lambda: torch.sign(speech_like(6000)),
+    "low tone": partial(tone, 60),
+    "tone": partial(tone, 1000),
+    "highest tone": partial(tone, 7990),
+    "click": lambda: torch.nn.functional.one_hot(torch.tensor(3000), 6000).float(),
+    "silence, then full scale": lambda: torch.cat([torch.zeros(3000), torch.sign(speech_like(3000))]),
+}
+
+
+@pytest.mark.parametrize("sound", SOUNDS)
+def test_analysis_and_synthesis_invert_each_other_for_every_mel(tiny: Recipe, sound: str) -> None:
+    """Also for a waveform that has nothing to do with the mel, from a length that is no whole number of frames."""
+    context, flow = envelope_of(tiny, SOUNDS[sound]()), LinearPrediction(HOP)
+    # A gain near that of 16-bit quantisation noise divides rounding errors by itself: so compare where it starts.
+    residual = noise(1, 5930)
+    x, ladj = flow(residual, context)
+    back, inverse_ladj = flow.inverse(x, context)
+    assert (back - residual).abs().max() < 1e-9
+    assert torch.equal(ladj, -inverse_ladj)
+    assert x.isfinite().all()
+    assert x.abs().max() < 100, "bounded for a residual of unit variance"
+
+
+@pytest.mark.parametrize("level", [-11.512925, -3.0, 4.0])
+def test_any_mel_gives_a_stable_filter(tiny: Recipe, level: float) -> None:
+    """All poles inside the unit circle: for flat, random and single-band mels, at the floor and far above it."""
+    flat = torch.full((1, tiny.audio.n_mels, 3), level).double()
+    spiky = flat.clone()
+    spiky[:, 7] += 12
+    wild = flat + 6 * noise(1, tiny.audio.n_mels, 3)
+    for mel in (flat, spiky, wild):
+        coefficients, log_gain = LinearPredictionFromMel(tiny.audio, ORDER)(mel)
+        assert log_gain.isfinite().all()
+        for a in coefficients[0]:
+            companion = scipy.linalg.companion([1, *(-a).tolist()])
+            assert abs(scipy.linalg.eigvals(companion)).max() < 1
+
+
+def test_synthesis_is_the_textbook_filter() -> None:
+    a, residual = torch.tensor([1.2, -0.7, 0.1]).double(), noise(2, 50)
+    context = (a.expand(2, 5, 3), torch.full((2, 5), math.log(0.3)).double())
+    x, _ = LinearPrediction(10)(residual, context)
+    expected = scipy.signal.lfilter([0.3], [1, *(-a).tolist()], residual.numpy())
+    torch.testing.assert_close(x, torch.from_numpy(expected))
+
+
+def test_synthesis_has_the_gradient_of_the_recurrence() -> None:
+    context = (0.2 * noise(2, 3, 4), 0.1 * noise(2, 3, seed=1))
+    residual = noise(2, 14, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda e: LinearPrediction(5)(e, context)[0], residual)
+
+
+def test_levinson_durbin_solves_the_normal_equations() -> None:
+    sound = scipy.signal.lfilter([1], [1, -1.5, 0.8], noise(4000).numpy())
+    r = torch.tensor([(sound[: len(sound) - k] * sound[k:]).sum() for k in range(7)])
+    coefficients, error = levinson_durbin(r)
+    expected = torch.from_numpy(scipy.linalg.solve_toeplitz(r[:6].numpy(), r[1:].numpy()))
+    torch.testing.assert_close(coefficients, expected)
+    torch.testing.assert_close(error, r[0] - (coefficients * r[1:]).sum())
+
+
+def test_residual_of_noise_has_unit_variance_whatever_its_colour_and_level(tiny: Recipe) -> None:
+    white = noise(160_000)
+    for level in (0.3, 0.001):
+        for coloured in (white, torch.from_numpy(scipy.signal.lfilter([1], [1, -1.3, 0.8], white.numpy()))):
+            audio = coloured / coloured.std() * level
+            residual, _ = LinearPrediction(HOP).inverse(audio[None], envelope_of(tiny, audio))
+            assert 0.85 < residual.std() < 1.1
+
+
+def test_crops_of_the_mel_give_crops_of_the_filters(tiny: Recipe) -> None:
+    """So that training on crops and generation of files see the same residual."""
+    mel = LogMel(tiny.audio).of_file(speech_like(6000)[None])
+    envelope = LinearPredictionFromMel(tiny.audio, ORDER)
+    for whole, crop in zip(envelope(mel), envelope(mel[..., 5:9]), strict=True):
+        torch.testing.assert_close(crop, whole[:, 5:9], rtol=1e-5, atol=1e-5)

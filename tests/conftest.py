@@ -58,7 +58,7 @@ def small_model(kind: str) -> WaveformModel:
         LinearPrediction(8),
         LinearPredictionFromMel(SMALL_AUDIO, 4),
         StandardNormal(),
-        context=1,
+        margin=1,
     )
     return randomise(model, seed=7)
 

@@ -39,6 +39,10 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         (lambda d: d["audio"].update(n_fft=801), r"audio: n_fft = 801 must exceed hop_length = 200 by an even number"),
         (lambda d: d["audio"].update(f_max=9000), r"audio: .*f_max = 9000.*for instance f_max = 8000"),
         (lambda d: d["student"].update(spectral_n_ffts=[8192]), r"window of 8192 samples.*segment_frames = 41 or more"),
+        (
+            lambda d: d["linear_prediction"].update(order=201),
+            r"linear_prediction\.order = 201 looks .* use 200 or less",
+        ),
         (lambda d: d["prepare"].update(test_fraction=0.6), r"prepare\.test_fraction = 0\.6: .*less than 0\.5"),
     ],
 )

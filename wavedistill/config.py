@@ -110,7 +110,7 @@ class Conditioning(Section):
     """The network that turns log-mel frames into features; teacher and student have one each."""
 
     channels: PositiveInt
-    context: NonNegativeInt
+    context: PositiveInt
     """Frames seen on either side."""
     upsample: Integers
     """Factors from frames to samples; their product is the hop length, the last one is plain repetition."""
@@ -208,7 +208,7 @@ class Benchmark(Section):
     threads: Integers
     """CPU threads."""
     repeats: PositiveInt
-    """Timed runs after one warm-up."""
+    """Timed runs after one warm-up, at least; more of short ones, until they add up to a second."""
 
 
 class Recipe(Section):
@@ -234,6 +234,12 @@ class Recipe(Section):
             raise ValueError(
                 f"conditioning.upsample = {list(self.conditioning.upsample)} multiplies to {product}, but "
                 f"audio.hop_length = {hop}; change either, for instance conditioning.upsample = {_factors(hop)}"
+            )
+        margin = self.conditioning.context * hop
+        if self.linear_prediction.order > margin:
+            raise ValueError(
+                f"linear_prediction.order = {self.linear_prediction.order} looks further back than the margin of a "
+                f"segment, conditioning.context * audio.hop_length = {margin} samples; use {margin} or less"
             )
         segment = self.student.training.segment_frames * hop
         longest = max(self.student.spectral_n_ffts)

@@ -63,7 +63,7 @@ class WaveformModel(nn.Module):
         shared: the bijection between residual and waveform.
         envelope: log-mel -> the context of linear prediction, or None where `shared` needs none.
         base: the distribution of the noise.
-        context: frames of log-mel needed on either side.
+        margin: frames of log-mel needed on either side, the context of the conditioning.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class WaveformModel(nn.Module):
         shared: Transform,
         envelope: LinearPredictionFromMel | None,
         base: Base,
-        context: int,
+        margin: int,
     ) -> None:
         super().__init__()
-        self.encoder, self.envelope, self.base, self.context = encoder, envelope, base, context
+        self.encoder, self.envelope, self.base, self.margin = encoder, envelope, base, margin
         self.flows, self.shared = Composition(flows), shared
 
     def forward(self, mel: Tensor) -> FlowDistribution:
@@ -89,21 +89,21 @@ class WaveformModel(nn.Module):
         """The density of residuals (B, F * hop_length) given log-mel (B, n_mels, F + 2 context)."""
         return FlowDistribution(self.flows, self.base, [self.encoder(mel)] * len(self.flows.parts))
 
-    def shared_context(self, mel: Tensor, margin: int = 0) -> Context:
-        """What the last transform is conditioned on, for F + 2 margin frames, margin at most the context."""
-        if self.envelope is None:
-            return None
-        cut = self.context - margin
-        return self.envelope(mel[..., cut : mel.shape[-1] - cut])
+    def shared_context(self, mel: Tensor) -> Context:
+        """What the last transform is conditioned on, for the middle F frames of log-mel (B, n_mels, F + 2 context)."""
+        return self._envelope(mel[..., self.margin : mel.shape[-1] - self.margin])
 
     def analyse(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
         """Residual and its per-step ladj (B, F * hop) of the middle of audio (B, (F + 2 context) * hop).
 
         The margins give the first samples their true past; so do zeros, where the audio starts.
         """
-        residual, ladj = self.shared.inverse(audio, self.shared_context(mel, self.context))
-        margin = audio.shape[1] // mel.shape[-1] * self.context
-        return residual[:, margin : audio.shape[1] - margin], ladj[:, margin : audio.shape[1] - margin]
+        residual, ladj = self.shared.inverse(audio, self._envelope(mel))
+        cut = audio.shape[1] // mel.shape[-1] * self.margin
+        return residual[:, cut : audio.shape[1] - cut], ladj[:, cut : audio.shape[1] - cut]
+
+    def _envelope(self, mel: Tensor) -> Context:
+        return None if self.envelope is None else self.envelope(mel)
 
 
 def teacher(recipe: Recipe) -> WaveformModel:

@@ -28,6 +28,7 @@ def naive(
         given: the known side (B, T).
         context: conditioning features (B, F', C), or None.
         label: of a progress bar, or None for none.
+        start: the first position computed, after zeros; lets the cost be timed where it no longer grows.
 
     Returns:
         The other side (B, T).

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +27,8 @@ from wavedistill.progress import progress
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "benchmark"}
 SEQUENTIAL_WARMUP = 100
 """Samples drawn before the cached sampler is timed."""
+MIN_SECONDS = 1.0
+"""A short draw is repeated until its runs add up to this."""
 
 
 class Job(NamedTuple):
@@ -74,8 +75,8 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
     recipe, device = experiment.recipe, experiment.device
     torch.set_num_threads(job.threads)
     draw = _sampler(experiment, job)
-    seconds = []
-    for _ in range(recipe.benchmark.repeats):
+    seconds: list[float] = []
+    while len(seconds) < recipe.benchmark.repeats or sum(seconds) < MIN_SECONDS:
         _synchronise(device)
         start = time.perf_counter()
         draw()
@@ -153,12 +154,10 @@ def _synchronise(device: torch.device) -> None:
 def _peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    # Linux's high-water mark of this very process; what the resource module tells is inherited from its parent.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def _checkpoints(experiment: Experiment) -> list[Path]:

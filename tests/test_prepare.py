@@ -11,7 +11,8 @@ import torch
 
 from tests.test_audio import speech_like
 from wavedistill import audio
-from wavedistill.config import validate_recipe
+from wavedistill.config import Recipe, validate_recipe
+from wavedistill.corpora import sources
 from wavedistill.data import Manifest, read_samples
 from wavedistill.errors import CorpusError
 from wavedistill.experiment import Experiment, run_stage
@@ -165,3 +166,15 @@ def test_splits_depend_on_names_and_seed_only(voice: Path, prepare: Prepare) -> 
     assert splits(clips, recipe.model_copy(update={"seed": 99})) != first
     assert list(first.values()).count("test") == list(first.values()).count("valid") == 8
     assert all(first[f"{i}"] == first[f"{i + 1}"] for i in range(0, 40, 2)), "pieces of one recording stay together"
+
+
+def test_synthetic_speech_does_not_depend_on_what_was_said_before(tiny: Recipe) -> None:
+    """The synthesiser keeps state in its process: the same sentence, read again in any order, is the same sound."""
+    pytest.importorskip("py_nanotts", reason="speech is made by the package py-nanotts")
+    first, second = sources(tiny.corpus)[3:5]
+    a, b = first.read(16000), second.read(16000)
+    assert torch.equal(second.read(16000), b)
+    assert torch.equal(first.read(16000), a)
+    assert not torch.equal(a[:10000], b[:10000])
+    assert a.abs().max() < 1
+    assert len(first.read(8000)) == -(-len(a) // 2)

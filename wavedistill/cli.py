@@ -50,7 +50,7 @@ Overrides = Annotated[
 ]
 Root = Annotated[Path, typer.Option("--exp", metavar="DIR", help="The folder that holds the experiments' folders.")]
 Device = Annotated[
-    str, typer.Option(metavar="DEVICE", help="`auto` takes a GPU if there is one; else `cpu`, `cuda`, `cuda:1`, `mps`.")
+    str, typer.Option(metavar="DEVICE", help="`auto` takes a CUDA GPU if there is one; or `cpu`, `cuda`, `cuda:1`.")
 ]
 
 
@@ -156,12 +156,12 @@ def _run(names: list[str], path: Path, overrides: list[str] | None, root: Path, 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        # Linear prediction solves its equations in float64, which Apple's GPUs do not have.
+        torch.empty(0, device=device, dtype=torch.float64)
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try cpu") from error
     return device
 

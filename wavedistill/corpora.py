@@ -1,7 +1,11 @@
 """Where speech comes from: each kind of corpus as a list of sources that can be read one by one."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,24 +52,32 @@ def state(corpus: Corpus) -> list[str]:
 
 
 def _nanotts(corpus: NanottsCorpus) -> list[Source]:
-    try:
-        from py_nanotts import NanoTTS
-    except ImportError as error:
-        raise CorpusError(
-            f"corpus.kind = 'nanotts' needs the package py-nanotts ({error}): pip install 'wavedistill[demo]'"
-        ) from error
-    synthesiser = NanoTTS()
-
-    def read(sentence: str, sample_rate: int) -> Tensor:
-        # Half the default volume: at full volume the synthesiser clips.
-        pcm = synthesiser.speak(sentence, voice=corpus.voice, volume=0.5)
-        samples = torch.from_numpy(np.frombuffer(pcm, "<i2").astype(np.float32) / audio.PCM16_STEPS)
-        return torchaudio.functional.resample(samples, NANOTTS_SAMPLE_RATE, sample_rate)
-
+    if find_spec("py_nanotts") is None:
+        raise CorpusError("corpus.kind = 'nanotts' needs the package py-nanotts: pip install 'wavedistill[demo]'")
     return [
-        Source(f"{line:05d}", f"{corpus.text}, sentence {line}", partial(read, sentence))
+        Source(f"{line:05d}", f"{corpus.text}, sentence {line}", partial(_speak, sentence, corpus.voice))
         for line, sentence in enumerate(_sentences(corpus), 1)
     ]
+
+
+def _speak(sentence: str, voice: str, sample_rate: int) -> Tensor:
+    # What the synthesiser says depends on what its process said and did before, so each sentence has one of its own.
+    # Half the default volume: at full volume it clips.
+    script = (
+        "import sys; from py_nanotts import NanoTTS; sys.stdout.buffer.write("
+        "NanoTTS().speak(sys.stdin.buffer.read().decode(), voice=sys.argv[1], volume=0.5))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, voice],
+        input=sentence.encode(),
+        capture_output=True,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        check=False,
+    )
+    if done.returncode:
+        raise CorpusError(f"py-nanotts cannot speak {sentence!r}: {done.stderr.decode().strip()}")
+    samples = torch.from_numpy(np.frombuffer(done.stdout, "<i2").astype(np.float32) / audio.PCM16_STEPS)
+    return torchaudio.functional.resample(samples, NANOTTS_SAMPLE_RATE, sample_rate)
 
 
 def _sentences(corpus: NanottsCorpus) -> list[str]:

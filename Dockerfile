@@ -1,6 +1,8 @@
 # Runs wavedistill on a GPU:
 #   docker build -t wavedistill .
-#   docker run --gpus all --shm-size 1g -v ./data:/workspace/data -v ./exp:/workspace/exp wavedistill run recipes/demo.toml
+#   mkdir -p data exp
+#   docker run --gpus all --user "$(id -u):$(id -g)" -v ./data:/workspace/data -v ./exp:/workspace/exp \
+#     wavedistill run recipes/demo.toml
 # The base image brings Python, CUDA, torch and torchaudio; any other of that kind will do.
 ARG BASE_IMAGE=pytorch/pytorch:2.7.1-cuda12.8-cudnn9-runtime
 FROM ${BASE_IMAGE}
@@ -27,6 +29,8 @@ RUN useradd --create-home --uid 10001 wavedistill \
  && mkdir -p data exp \
  && chown -R wavedistill data exp
 USER wavedistill
+# Caches that any user may write: --user may name one without a home.
+ENV NUMBA_CACHE_DIR=/tmp/numba MPLCONFIGDIR=/tmp/matplotlib
 
 # Recordings come in here, experiments stay out there.
 VOLUME ["/workspace/data", "/workspace/exp"]

@@ -36,6 +36,8 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, tiny: Recipe, capsys: py
     (tmp_path / "code.pt").write_bytes(pickle.dumps(Explosive()))
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     torch.save([1, 2], tmp_path / "list.pt")
+    for first in range(256):
+        (tmp_path / f"byte{first}.pt").write_bytes(bytes([first]) + b"IFF....WAVEfmt ")
     checkpoint.save_model(tmp_path / "lacking.pt", "student", tiny, 0, {})
     expected = {
         "text": "not a wavedistill checkpoint",
@@ -45,6 +47,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, tiny: Recipe, capsys: py
         "list": "it holds a list",
         "lacking": "does not fit",
         "missing": "no such checkpoint",
+        **{f"byte{first}": "not a wavedistill checkpoint" for first in range(256)},
     }
     for name, reason in expected.items():
         with pytest.raises(CheckpointError, match=rf"{name}\.pt: .*{reason}"):

@@ -136,7 +136,14 @@ def test_a_second_run_does_nothing_and_a_changed_setting_only_what_it_must(tiny_
     assert lines[:4] == [f"{name}: up to date" for name in list(STAGES)[:4]]
     assert lines[4].startswith("benchmark: naive ")
     again = wavedistill("run", TINY, "--exp", tiny_run.parent, "--device", "cpu", "--from", "benchmark")
-    assert "report: up to date" not in again.stdout
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[1].endswith("report.html")
+
+
+@pytest.mark.slow
+def test_a_model_of_other_settings_is_refused(tiny_run: Path) -> None:
+    options = ("evaluate", TINY, "--exp", tiny_run.parent, "--set", "linear_prediction.order=12")
+    fails(1, "its [linear_prediction] is not the recipe's: run the teacher stage again", *options)
 
 
 @pytest.mark.slow
@@ -180,7 +187,11 @@ def test_generate_names_what_it_cannot_use(tiny_run: Path, tmp_path: Path) -> No
     state = tiny_run / "student" / "training.pt"
     fails(1, "give the checkpoint.pt", "generate", state, tmp_path / "good.wav", "--out", out)
     good = ("generate", checkpoint, tmp_path / "good.wav", "--out", out, "--device")
-    fails(1, "--device tpu: not available here", *good, "tpu")
+    fails(2, "--device tpu: not available here", *good, "tpu")
+    fails(2, "--device meta: not supported", *good, "meta")
+    np.save(tmp_path / "db.npy", np.linspace(-80, 0, 800).reshape(40, 20))
+    fails(1, "is it in decibels", "generate", checkpoint, tmp_path / "db.npy", "--out", out)
+    fails(1, "File exists", "generate", checkpoint, tmp_path / "good.wav", "--out", tmp_path / "text.wav")
 
 
 def test_mistakes_end_in_one_message(tmp_path: Path) -> None:
@@ -188,10 +199,11 @@ def test_mistakes_end_in_one_message(tmp_path: Path) -> None:
     misspelt.write_text((RECIPES / "tiny.toml").read_text().replace("n_mels", "n_mel"))
     fails(2, "audio.n_mel: unknown key; did you mean n_mels?", "run", misspelt, "--exp", tmp_path)
     fails(2, "stepz: unknown key", "run", TINY, "--set", "teacher.training.stepz=1", "--exp", tmp_path)
+    fails(2, "name: unknown key", "run", TINY, "--set", "name=x", "--exp", tmp_path)
     fails(2, "cannot read the recipe", "prepare", tmp_path / "none.toml")
     fails(2, "comes after --until", "run", TINY, "--from", "report", "--until", "teacher", "--exp", tmp_path)
     fails(2, "No such command", "prepaer", TINY)
-    fails(1, "manifest.json: missing, and the teacher stage needs it", "teacher", TINY, "--exp", tmp_path)
+    fails(1, "the prepare stage has not finished", "teacher", TINY, "--exp", tmp_path)
     fails(1, "none.pt: no such checkpoint", "generate", tmp_path / "none.pt", TINY, "--out", tmp_path)
     fails(1, "not a wavedistill checkpoint", "generate", TINY, TINY, "--out", tmp_path)
     folder = ("--set", 'corpus={kind="folder",path="nowhere"}')

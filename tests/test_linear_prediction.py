@@ -79,6 +79,17 @@ def test_synthesis_is_the_textbook_filter() -> None:
     torch.testing.assert_close(x, torch.from_numpy(expected))
 
 
+def test_one_mel_serves_a_batch_of_draws_and_too_few_frames_are_refused() -> None:
+    context = (0.2 * noise(1, 3, 4), 0.1 * noise(1, 3, seed=1))
+    residual, flow = noise(4, 15, seed=2), LinearPrediction(5)
+    x, ladj = flow(residual, context)
+    assert x.shape == ladj.shape == (4, 15)
+    torch.testing.assert_close(flow.inverse(x, context)[0], residual)
+    torch.testing.assert_close(x[2:3], flow(residual[2:3], context)[0])
+    with pytest.raises(ValueError, match="do not cover 16"):
+        flow(noise(1, 16), context)
+
+
 def test_synthesis_has_the_gradient_of_the_recurrence() -> None:
     context = (0.2 * noise(2, 3, 4), 0.1 * noise(2, 3, seed=1))
     residual = noise(2, 14, seed=2).requires_grad_()

@@ -18,6 +18,7 @@ from wavedistill.audio import LogMel, rms_db
 from wavedistill.config import Recipe, validate_recipe
 from wavedistill.data import Batch, Manifest, dequantise, random_stream
 from wavedistill.errors import CheckpointError, TrainingError
+from wavedistill.experiment import Experiment, Stage, run_stage
 from wavedistill.losses import negative_log_likelihood
 from wavedistill.models import WaveformModel, build
 from wavedistill.sampling import sample
@@ -140,6 +141,46 @@ def test_a_training_of_other_settings_is_set_aside_not_overwritten(
     assert (tmp_path / "a.2" / "checkpoint.pt").exists()
 
 
+def test_a_training_whose_checkpoint_was_deleted_starts_anew(tmp_path: Path, train: Train) -> None:
+    train("a")
+    kept = weights(tmp_path / "a")
+    (tmp_path / "a" / "checkpoint.pt").unlink()
+    train("a")
+    assert all(torch.equal(value, kept[name]) for name, value in weights(tmp_path / "a").items())
+    assert (tmp_path / "a.1" / "training.pt").exists()
+
+
+def test_resuming_loses_no_point_of_the_log(tmp_path: Path, train: Train) -> None:
+    train("a", steps=16)
+    train("a", steps=24)
+    log = EventAccumulator(str(tmp_path / "a" / "tensorboard"))
+    log.Reload()
+    assert [event.step for event in log.Scalars("valid/nll")] == [0, 8, 16, 24]
+
+
+def test_an_interrupted_stage_is_not_up_to_date_for_the_settings_before(tmp_path: Path, recipe: Recipe) -> None:
+    """Settings A, then B interrupted, then A again: the files are B's."""
+    runs = []
+
+    def run(experiment: Experiment) -> str:
+        (experiment.root / "out").write_text(str(experiment.recipe.seed))
+        runs.append(experiment.recipe.seed)
+        if experiment.recipe.seed == 7:
+            raise TrainingError("interrupted")
+        return "done"
+
+    stage = Stage("a", "", (), lambda e: e.recipe.seed, lambda e: [], lambda e: [e.root / "out"], run)
+    first, second = (
+        Experiment(recipe.model_copy(update={"seed": seed}), tmp_path, torch.device("cpu")) for seed in (1, 7)
+    )
+    run_stage(stage, first)
+    with pytest.raises(TrainingError):
+        run_stage(stage, second)
+    assert run_stage(stage, first) == "a: done"
+    assert run_stage(stage, first) == "a: up to date"
+    assert runs == [1, 7, 1]
+
+
 def test_a_damaged_state_is_named_and_left_alone(tmp_path: Path, train: Train) -> None:
     train("a")
     state = tmp_path / "a" / "training.pt"
@@ -177,13 +218,15 @@ def test_learning_rate_rises_then_falls(recipe: Recipe) -> None:
     assert 0.05 <= rates[99] < 0.06
 
 
+@pytest.mark.parametrize("base", ["normal", "logistic"])
 @pytest.mark.parametrize("order", [0, 24])
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_before_the_first_step_a_sample_has_the_level_of_the_data(
-    tiny_data: dict[str, Any], kind: str, order: int
+    tiny_data: dict[str, Any], kind: str, order: int, base: str
 ) -> None:
     """Of all data without linear prediction; with it, of the very recording whose log-mel is given."""
     tiny_data["linear_prediction"]["order"] = order
+    tiny_data[kind]["base"] = base
     recipe = validate_recipe(tiny_data, "tiny.toml")
     model = build(kind, recipe, seed=0)
     recording = speech_like(8000) * 10 ** (recipe.audio.level_db / 20) / speech_like(8000).std()

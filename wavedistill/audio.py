@@ -1,5 +1,6 @@
-"""Audio files and log-mel: the only module that knows Hz, hops and file formats."""
+"""Audio files, levels and log-mel."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ PCM16_STEPS = 32768
 MEL_FLOOR = 1e-5
 """Smallest mel amplitude that the logarithm sees."""
 LOG_MEL_FLOOR = float(np.log(MEL_FLOOR))
+LOG_MEL_RANGE = (-30, 10)
+"""What the log-mel of audio in [-1, 1] lies well within, whatever floor it was made with."""
 
 
 class LogMel(nn.Module):
@@ -109,7 +112,7 @@ def to_pcm16(audio: Tensor) -> np.ndarray:
 
 
 def read_log_mel(path: Path, n_mels: int) -> Tensor:
-    """Read a log-mel (n_mels, F) from a `.npy` file.
+    """Read a log-mel (n_mels, F) from a `.npy` file; lower values than `LogMel` has are raised to its floor.
 
     Raises:
         AudioError: if the file does not hold a finite array of that shape.
@@ -118,20 +121,28 @@ def read_log_mel(path: Path, n_mels: int) -> Tensor:
         mel = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise AudioError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise AudioError(f"{path}: not a NumPy array file: {_reason(error)}") from error
     expected = f"expected a log-mel of shape ({n_mels}, frames), natural logarithm of amplitudes"
     if not isinstance(mel, np.ndarray) or mel.ndim != 2 or mel.shape[0] != n_mels or not mel.shape[1]:
         hint = ", so transpose it" if getattr(mel, "ndim", 0) == 2 and mel.shape[1] == n_mels else ""
         raise AudioError(f"{path}: has shape {getattr(mel, 'shape', '?')}; {expected}{hint}")
-    if not np.issubdtype(mel.dtype, np.floating) or not np.isfinite(mel).all():
-        raise AudioError(f"{path}: holds {mel.dtype} values that are not all finite numbers; {expected}")
-    return torch.from_numpy(mel.astype(np.float32))
+    if not np.issubdtype(mel.dtype, np.floating):
+        raise AudioError(f"{path}: holds values of type {mel.dtype}; {expected}, as floating-point numbers")
+    if not np.isfinite(mel).all():
+        raise AudioError(f"{path}: holds values that are not finite; {expected}")
+    low, high = LOG_MEL_RANGE
+    if mel.min() < low or mel.max() > high:
+        raise AudioError(
+            f"{path}: holds values from {mel.min():.1f} to {mel.max():.1f}; {expected}, which lie between {low} and "
+            f"{high}: is it in decibels, or of powers?"
+        )
+    return torch.from_numpy(mel.astype(np.float32)).clamp_min(LOG_MEL_FLOOR)
 
 
 def rms_db(audio: Tensor) -> float:
-    """RMS level of audio (T,) in dB relative to full scale; minus infinity for digital silence."""
-    return float(10 * torch.log10(audio.double().square().mean()))
+    """RMS level of audio (T,) in dB relative to full scale; at least -100."""
+    return float(10 * torch.log10(audio.double().square().mean().clamp_min(1e-10)))
 
 
 def level_gain(audio: Tensor, level_db: float) -> float:

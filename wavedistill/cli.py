@@ -144,6 +144,8 @@ def _synthesise(loaded: Checkpoint, path: Path, seed: int, temperature: float) -
         distribution = loaded.model(mel.to(device))
     label = path.name if loaded.kind == "teacher" else None
     wave = sample(distribution, noise, label=label)[0].cpu() / gain
+    if not wave.isfinite().all():
+        raise UserError(f"{path}: the {loaded.kind} drew values that are not finite; try a lower --temperature")
     return wave, int((wave.abs() > 1).sum())
 
 
@@ -159,10 +161,13 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        # Linear prediction solves its equations in float64, which Apple's GPUs do not have.
-        torch.empty(0, device=device, dtype=torch.float64)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try cpu") from error
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(
+            f"--device {name}: not available here ({str(error).splitlines()[0]}); try cpu"
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device {name}: not supported; try cpu or cuda")
     return device
 
 
@@ -189,7 +194,7 @@ def main() -> None:
         app()
     except RecipeError as error:
         sys.exit(_fail(error, 2))
-    except UserError as error:
+    except (UserError, OSError) as error:  # a disk that is full or not ours to write is no fault of the program
         sys.exit(_fail(error, 1))
 
 

@@ -98,9 +98,9 @@ class Prepare(Section):
 
     trim_db: PositiveFloat
     """Silence at either end, this far below the loudest part, is cut off."""
-    min_seconds: PositiveFloat
+    min_seconds: Annotated[float, Field(ge=0.1)]
     """Shorter utterances are left out."""
-    max_seconds: PositiveFloat
+    max_seconds: Annotated[float, Field(ge=1)]
     """Longer ones are cut at quiet places."""
     valid_fraction: Fraction
     test_fraction: Fraction
@@ -178,7 +178,7 @@ class Student(Section):
     """Layers of each flow, from noise to waveform."""
     min_log_scale: Annotated[float, Field(lt=0)]
     """Lower bound of each flow's log_scale, in nats, for a residual of about unit variance."""
-    spectral_n_ffts: Integers
+    spectral_n_ffts: Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(strict=False, min_length=1)]
     """Window lengths of the spectral term, in samples."""
     loss: StudentLoss
     network: Network
@@ -190,7 +190,7 @@ class Evaluate(Section):
 
     clips: PositiveInt
     """Test utterances that are synthesised."""
-    max_seconds: PositiveFloat
+    max_seconds: Annotated[float, Field(ge=0.3)]
     """Each is cut to this length."""
     kl_draws: PositiveInt
     """Noise draws for each test utterance."""
@@ -216,7 +216,7 @@ class Recipe(Section):
 
     name: str
     """The recipe file's name without its ending; names the experiment's folder."""
-    seed: NonNegativeInt
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     corpus: Corpus
     audio: Audio
     prepare: Prepare
@@ -268,10 +268,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from error
-    if "name" in data:
-        raise RecipeError(f"{path}: name: unknown key; the file's own name names the experiment: remove the line")
     for override in overrides:
         _override(data, override)
+    if "name" in data:
+        raise RecipeError(f"{path}: name: unknown key; the file's own name names the experiment: remove it")
     return validate_recipe({**data, "name": path.stem}, str(path))
 
 

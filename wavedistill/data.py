@@ -155,7 +155,7 @@ def read_samples(folder: Path, utterance: Utterance, start: int = 0, length: int
             file.seek(first)
             out[first - start : last - start] = file.read(last - first, dtype="float32")
     except soundfile.SoundFileError as error:
-        raise CorpusError(f"{path}: cannot be read: run the prepare stage again with --from prepare") from error
+        raise CorpusError(f"{path}: cannot be read: delete it and run the prepare stage again") from error
     return torch.from_numpy(out)
 
 
@@ -170,5 +170,6 @@ def random_stream(*entropy: int) -> torch.Generator:
 
     Streams of different numbers are independent; drawing on the CPU gives the same noise on every device.
     """
-    (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
+    # The count comes first, because trailing zeros would not count.
+    (state,) = np.random.SeedSequence([len(entropy), *entropy]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state) >> 1)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from wavedistill.checkpoint import Kind
+from wavedistill.checkpoint import Kind, load_model
 from wavedistill.config import Recipe
-from wavedistill.errors import UserError
+from wavedistill.errors import CheckpointError, UserError
+from wavedistill.models import WaveformModel
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,23 @@ class Experiment:
         return self.root / kind
 
     def checkpoint(self, kind: Kind) -> Path:
-        """The trained model."""
+        """The trained model's file."""
         return self.training(kind) / "checkpoint.pt"
+
+    def model(self, kind: Kind) -> WaveformModel:
+        """The trained model, on the device.
+
+        Raises:
+            CheckpointError: if it is missing, or was built by other settings than the recipe's.
+        """
+        loaded = load_model(self.checkpoint(kind), self.device)
+        for section in ("audio", "conditioning", "linear_prediction", kind):
+            built, asked = (_architecture(recipe)[section] for recipe in (loaded.recipe, self.recipe))
+            if built != asked:
+                raise CheckpointError(
+                    f"{self.checkpoint(kind)}: its [{section}] is not the recipe's: run the {kind} stage again"
+                )
+        return loaded.model
 
     @property
     def samples(self) -> Path:
@@ -68,6 +84,7 @@ class Stage:
     Attributes:
         name: of its command.
         summary: one line of help.
+        needs: the stages whose files it reads; they must have finished.
         settings: what it depends on besides its input files, as plain values.
         inputs: the files it reads.
         outputs: the files whose presence shows that it is done.
@@ -76,6 +93,7 @@ class Stage:
 
     name: str
     summary: str
+    needs: tuple[str, ...]
     settings: Callable[[Experiment], Any]
     inputs: Callable[[Experiment], Iterable[Path]]
     outputs: Callable[[Experiment], Iterable[Path]]
@@ -86,20 +104,36 @@ def run_stage(stage: Stage, experiment: Experiment) -> str:
     """Run a stage unless its inputs and settings are those of its last run; returns one line that says what happened.
 
     Raises:
-        UserError: if an input is missing.
+        UserError: if a stage before it has not finished, or its files are gone.
     """
+    for name in stage.needs:
+        if not _stamp(experiment, name).exists():
+            raise UserError(
+                f"the {stage.name} stage needs the {name} stage of {experiment.root} to have finished: run it"
+            )
     for path in stage.inputs(experiment):
         if not path.exists():
-            raise UserError(f"{path}: missing, and the {stage.name} stage needs it: run the stages before it first")
+            raise UserError(f"{path}: missing, and the {stage.name} stage needs it: run the stages before it again")
     now = fingerprint(stage.settings(experiment), stage.inputs(experiment))
-    stamp = experiment.root / ".stamps" / stage.name
+    stamp = _stamp(experiment, stage.name)
     if stamp.is_file() and stamp.read_text() == now and all(path.exists() for path in stage.outputs(experiment)):
         return f"{stage.name}: up to date"
-    experiment.root.mkdir(parents=True, exist_ok=True)
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    # From here until it ends, the stage's files are those of no settings at all.
+    stamp.unlink(missing_ok=True)
     result = stage.run(experiment)
-    stamp.parent.mkdir(exist_ok=True)
     stamp.write_text(now)
     return f"{stage.name}: {result}"
+
+
+def _architecture(recipe: Recipe) -> dict[str, Any]:
+    """All of a recipe but how its models are trained."""
+    how = {"training": True, "loss": True, "spectral_n_ffts": True}
+    return recipe.model_dump(exclude={"teacher": how, "student": how})
+
+
+def _stamp(experiment: Experiment, stage: str) -> Path:
+    return experiment.root / ".stamps" / stage
 
 
 def fingerprint(settings: Any, inputs: Iterable[Path]) -> str:
@@ -117,5 +151,5 @@ def sha256(path: Path) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write plain values as JSON, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -18,7 +18,9 @@ class SequentialDirectionError(RuntimeError):
 
 
 class Base(Protocol):
-    """A distribution of independent noise, one value a step."""
+    """A distribution of independent noise, one value a step; `std` is its standard deviation."""
+
+    std: float
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of each value in nats, in the shape of z."""
@@ -30,6 +32,8 @@ class Base(Protocol):
 class StandardNormal:
     r"""Standard normal noise: :math:`\log p(z) = -\frac{1}{2} (z^2 + \log 2\pi)`."""
 
+    std = 1.0
+
     def log_prob(self, z: Tensor) -> Tensor:
         return -0.5 * (z.square() + math.log(2 * math.pi))
 
@@ -39,6 +43,8 @@ class StandardNormal:
 
 class StandardLogistic:
     r"""Standard logistic noise: :math:`\log p(z) = -|z| - 2 \log(1 + e^{-|z|})`, the base of Parallel WaveNet."""
+
+    std = math.pi / math.sqrt(3)
 
     def log_prob(self, z: Tensor) -> Tensor:
         return -z.abs() - 2 * F.softplus(-z.abs())

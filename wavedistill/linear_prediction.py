@@ -15,6 +15,8 @@ from wavedistill.flows import Context, Transform
 
 LAG_WINDOW_HZ = 40
 """Width of the lag window: spectral peaks of an envelope are at least about this wide."""
+WHITE_NOISE = 1e-9
+"""Power of the noise added to a spectrum before a filter is fitted, relative to the spectrum's own."""
 
 
 class LinearPrediction(Transform):
@@ -37,7 +39,10 @@ class LinearPrediction(Transform):
 
     def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         coefficients, log_gain = context
-        log_gain = self._per_sample(log_gain, z.shape[1])
+        if coefficients.shape[1] * self.hop_length < z.shape[1]:
+            raise ValueError(f"{coefficients.shape[1]} frames of {self.hop_length} samples do not cover {z.shape[1]}")
+        coefficients = coefficients.expand(len(z), -1, -1)
+        log_gain = self._per_sample(log_gain, z.shape[1]).expand(len(z), -1)
         return _Synthesis.apply(z * log_gain.exp(), coefficients, self.hop_length), log_gain
 
     def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
@@ -59,7 +64,7 @@ class LinearPredictionFromMel(nn.Module):
 
     A mel frame fixes a spectral envelope: band amplitudes, interpolated log-linearly over frequency, squared, and
     transformed to an autocorrelation, whose normal equations the Levinson-Durbin recursion solves (Makhoul 1975). A
-    Gaussian lag window and the noise of 16-bit quantisation keep every filter stable, for whatever the frame holds. The
+    Gaussian lag window and a little white noise, at least that of 16-bit quantisation, keep every filter stable. The
     gain is scaled so that the residual of noise-like audio has unit variance.
 
     Args:
@@ -95,6 +100,7 @@ class LinearPredictionFromMel(nn.Module):
             bands = log_mel.transpose(1, 2).double() - self.band_gain
             power = (2 * bands @ self.interpolation.T).exp() * self.power_scale  # (B, F, bins)
             autocorrelation = torch.fft.irfft(power)[..., : self.order + 1] * self.lag_window
+            autocorrelation[..., 0] *= 1 + WHITE_NOISE
             autocorrelation[..., 0] += 1 / (12 * PCM16_STEPS**2)
             coefficients, error = levinson_durbin(autocorrelation)
         return coefficients.to(log_mel.dtype), 0.5 * error.log().to(log_mel.dtype)

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from wavedistill.flows import FlowDistribution
 
+SILENCE = 1e-4
+"""Amplitude below which a reference counts as silent: a relative distance from it would be without bounds."""
+
 
 class Density(Protocol):
     """What distillation asks of a teacher: the log density of a given waveform, differentiable in it."""
@@ -46,6 +49,8 @@ def spectral_distance(x: Tensor, y: Tensor, n_ffts: Sequence[int]) -> Tensor:
     with Hann windows of n_fft samples and hops of a quarter of it. Magnitudes, neither powers nor logarithms, and no
     rectangular window: those leave noise at high frequencies (Parallel WaveNet reproductions).
 
+    The magnitude of y counts as at least that of white noise of amplitude `SILENCE`.
+
     Args:
         x: generated waveform (B, T), at least as long as the longest window.
         y: reference waveform (B, T).
@@ -61,5 +66,7 @@ def spectral_distance(x: Tensor, y: Tensor, n_ffts: Sequence[int]) -> Tensor:
             for audio in (x, y)
         )
         difference = (magnitude_x - magnitude_y).abs().sum((1, 2))
-        distances.append(difference / magnitude_y.sum((1, 2)).clamp_min(1e-3))
+        bins = magnitude_y[0].numel()
+        silence = SILENCE * window.square().sum().sqrt() * bins
+        distances.append(difference / magnitude_y.sum((1, 2)).clamp_min(silence))
     return torch.stack(distances).mean(0)

@@ -110,12 +110,12 @@ def griffin_lim(log_mel: Tensor, settings: Audio, iterations: int = 60) -> Tenso
 def _pesq_wb(reference: Tensor, synthesised: Tensor, sample_rate: int) -> float | None:
     if not pesq_available():
         return None
-    from pesq import NoUtterancesError, pesq
+    from pesq import PesqError, pesq
 
     pair = (torchaudio.functional.resample(a, sample_rate, PESQ_SAMPLE_RATE).numpy() for a in (reference, synthesised))
     try:
         return float(pesq(PESQ_SAMPLE_RATE, *pair, "wb"))
-    except NoUtterancesError:
+    except (PesqError, ValueError):  # too short, no speech in it, or silent
         return None
 
 

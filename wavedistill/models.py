@@ -1,5 +1,6 @@
 """Teacher and student: the only place where a network meets a flow."""
 
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -129,6 +130,9 @@ def _model(recipe: Recipe, base: str, flows: list[AutoregressiveAffine]) -> Wave
     conditioning, order = recipe.conditioning, recipe.linear_prediction.order
     # `prepare` brings every utterance to the level, so without linear prediction it is the data's standard deviation.
     scale = 10 ** (recipe.audio.level_db / 20)
+    # What the flows give before the first step has unit variance, whatever the base.
+    with torch.no_grad():
+        flows[-1].conditioner.wavenet.head.bias[1] = -math.log(BASES[base].std)  # type: ignore[attr-defined]
     return WaveformModel(
         MelEncoder(recipe.audio.n_mels, conditioning.channels, conditioning.context, conditioning.upsample),
         flows,

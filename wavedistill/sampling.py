@@ -1,4 +1,4 @@
-"""The ways to draw a waveform; every sequential loop lives here.
+"""The ways to draw a waveform; every loop that steps a network through time lives here.
 
 An autoregressive bijection has one direction that takes T steps: there, the conditioner reads the very side that is
 being produced (x of the teacher, or z of a student flow that is inverted). A `Solver` computes that direction.

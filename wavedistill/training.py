@@ -36,8 +36,7 @@ class Task(NamedTuple):
     Attributes:
         kind: the model that is trained.
         settings: of the optimisation.
-        terms: the named scalar terms of the loss, from a model, audio (B, T), its log-mel (B, n_mels, F + 2 context),
-            and the generator that all randomness comes from.
+        terms: the named scalar terms of the loss of a model for a batch; all randomness comes from the generator.
         weights: of the terms in the objective.
         sample: draws audio (B, T) from a model and a log-mel, for the log.
     """
@@ -50,7 +49,7 @@ class Task(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The end of a training: the step and validation terms of the model that was kept, and the seconds it took."""
+    """The end of a training: the step and validation terms of the model that was kept, and the seconds of this call."""
 
     step: int
     valid: dict[str, float]
@@ -100,7 +99,7 @@ def fit(
         state.keep_best(values, task, recipe, folder, writer)
 
     with (
-        SummaryWriter(folder / "tensorboard", purge_step=state.step or None) as writer,
+        SummaryWriter(folder / "tensorboard", purge_step=state.step + 1 if state.step else 0) as writer,
         stop_signals() as stopped,
         progress(
             desc=f"{task.kind} (resumed)" if state.step else task.kind,
@@ -111,6 +110,7 @@ def fit(
     ):
         if not state.step:
             validate()
+            state.save(folder)
         while state.step < settings.steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, state.step)
@@ -223,9 +223,11 @@ class State:
         if not (folder / STATE_FILE).exists():
             return
         content = checkpoint.load(folder / STATE_FILE)
-        if content.get("fingerprint") != self.fingerprint or content["step"] > steps:
+        # Without the weights that were best, a state cannot be completed.
+        whole = (folder / "checkpoint.pt").exists()
+        if not whole or content.get("fingerprint") != self.fingerprint or content["step"] > steps:
             kept = checkpoint.set_aside(folder)
-            note(f"{folder}: holds a training with other settings or data; kept as {kept}")
+            note(f"{folder}: holds a training with other settings or data, or without its checkpoint; kept as {kept}")
             return
         for name, part in self.parts.items():
             part.load_state_dict(content.pop(name))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wavedistill import __version__, sampling
 from wavedistill.audio import LogMel, pad_frames
-from wavedistill.checkpoint import Kind, load_model
+from wavedistill.checkpoint import Kind
 from wavedistill.data import Manifest, random_stream, read_samples
 from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import AutoregressiveAffine
@@ -123,7 +123,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def _sampler(experiment: Experiment, job: Job) -> Callable[[], Tensor]:
     """A warmed-up call that draws a job's samples, from the same log-mel and noise for every sampler."""
     recipe, device = experiment.recipe, experiment.device
-    model = load_model(experiment.checkpoint(job.model), device).model
+    model = experiment.model(job.model)
     length = job.num_samples
     solver: sampling.Solver = sampling.cached
     if job.sampler == "naive":
@@ -147,8 +147,8 @@ def _sampler(experiment: Experiment, job: Job) -> Callable[[], Tensor]:
 
 
 def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _peak(device: torch.device) -> int | None:
@@ -167,6 +167,7 @@ def _checkpoints(experiment: Experiment) -> list[Path]:
 stage = Stage(
     name="benchmark",
     summary=__doc__,
+    needs=("prepare", "teacher", "student"),
     settings=lambda experiment: [
         experiment.recipe.model_dump(mode="json", include=READS),
         {k: v for k, v in machine(experiment.device).items() if k != "date"},

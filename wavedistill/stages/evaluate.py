@@ -1,6 +1,7 @@
 """Measure densities, and score copy-synthesis of the test split."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from wavedistill import audio, metrics
-from wavedistill.checkpoint import load_model
 from wavedistill.config import Recipe
 from wavedistill.data import Manifest, Utterance, dequantise, random_stream, read_samples
 from wavedistill.experiment import Experiment, Stage, write_json
+from wavedistill.flows import FlowDistribution, Scale, StandardNormal
 from wavedistill.losses import monte_carlo_kl, negative_log_likelihood
 from wavedistill.models import WaveformModel, build
 from wavedistill.progress import note, progress
@@ -24,8 +25,8 @@ DEQUANTISE, DRAW, SYNTHESISE = 10, 11, 12
 
 def run(experiment: Experiment) -> str:
     """Write `metrics.json` and the synthesised clips; returns a line of result."""
-    recipe, device = experiment.recipe, experiment.device
-    teacher, student = (load_model(path, device).model for path in _checkpoints(experiment))
+    recipe = experiment.recipe
+    teacher, student = experiment.model("teacher"), experiment.model("student")
     test = Manifest.read(experiment.manifest).of("test")
     density = densities(experiment, teacher, student, test)
     synthesis = synthesise(experiment, teacher, student, test[: recipe.evaluate.clips])
@@ -45,6 +46,8 @@ def densities(
 ) -> dict[str, Any]:
     """Likelihood and KL on the test split, of the trained models and of the same models before training.
 
+    Before training, linear prediction is already there; `level_gaussian_nll_nats_per_sample` is the start without it.
+
     The likelihood is of 16-bit audio after the recipe's level normalisation and with uniform dequantisation noise. The
     KL's standard error is over utterances, each a mean over its draws.
     """
@@ -53,9 +56,12 @@ def densities(
     untrained_teacher, untrained_student = (
         build(kind, recipe, recipe.seed).to(device) for kind in ("teacher", "student")
     )
+    # What is known before any model: independent Gaussian samples at the recipe's level.
+    level_gaussian = FlowDistribution(Scale(10 ** (recipe.audio.level_db / 20)).to(device), StandardNormal())
     clips = [read_samples(experiment.audio, utterance) for utterance in test]
     nll: list[float] = []
     nll_before: list[float] = []
+    nll_of_level: list[float] = []
     kl: list[float] = []
     kl_before: list[float] = []
     for i, clip in enumerate(progress(iterable=clips, desc="densities", unit="clip")):
@@ -64,6 +70,7 @@ def densities(
         noisy = dequantise(x, random_stream(recipe.seed, DEQUANTISE, i))
         nll.append(negative_log_likelihood(teacher(mel), noisy).item())
         nll_before.append(negative_log_likelihood(untrained_teacher(mel), noisy).item())
+        nll_of_level.append(negative_log_likelihood(level_gaussian, noisy).item())
         for model, values, draws in ((student, kl, recipe.evaluate.kl_draws), (untrained_student, kl_before, 1)):
             noise = model.base.noise((draws, x.shape[1]), random_stream(recipe.seed, DRAW, i)).to(device)
             estimates = [monte_carlo_kl(model(mel), teacher(mel), draw[None])[0].item() for draw in noise]
@@ -78,6 +85,7 @@ def densities(
         "teacher_nll_nats_per_sample": mean(nll),
         "teacher_bits_per_sample": metrics.bits_per_sample(mean(nll)),
         "teacher_nll_before_training": mean(nll_before),
+        "level_gaussian_nll_nats_per_sample": mean(nll_of_level),
         "student_kl_nats_per_sample": mean(kl),
         "student_kl_standard_error": float(torch.tensor(kl).std() / math.sqrt(len(kl))) if len(kl) > 1 else None,
         "student_kl_before_training": mean(kl_before),
@@ -113,13 +121,18 @@ def synthesise(
     if not metrics.pesq_available():
         note("evaluate: the package pesq is not installed, so there is no PESQ score: pip install 'wavedistill[demo]'")
     results = {}
+    # Swapped in when complete, so that no clip of an earlier run stays.
+    fresh = experiment.samples.with_name("samples.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
     for name, waves in progress(iterable=systems.items(), desc="scores", unit="system"):
-        folder = experiment.samples / name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = fresh / name
+        folder.mkdir(parents=True)
         for utterance, wave in zip(test, waves, strict=True):
             audio.write(folder / f"{utterance.name}.wav", wave, recipe.audio.sample_rate)
         pairs = zip(clips, waves, strict=True)
         results[name] = _mean([metrics.scores(clip, wave, recipe.audio.sample_rate) for clip, wave in pairs])
+    shutil.rmtree(experiment.samples, ignore_errors=True)
+    fresh.rename(experiment.samples)
     return results
 
 
@@ -143,6 +156,7 @@ def _settings(recipe: Recipe) -> Any:
 stage = Stage(
     name="evaluate",
     summary=__doc__,
+    needs=("prepare", "teacher", "student"),
     settings=lambda experiment: _settings(experiment.recipe),
     inputs=lambda experiment: [experiment.manifest, *_checkpoints(experiment)],
     outputs=lambda experiment: [experiment.metrics, experiment.samples],

@@ -40,11 +40,11 @@ def run(experiment: Experiment) -> str:
         except AudioError as error:
             faults.append(str(error))
             continue
+        gain = audio.level_gain(torch.cat(pieces), recipe.audio.level_db)
         for number, piece in enumerate(pieces):
             if len(piece) < recipe.prepare.min_seconds * recipe.audio.sample_rate:
                 short += 1
                 continue
-            gain = audio.level_gain(piece, recipe.audio.level_db)
             whole = audio.pad_to_hops(piece * gain, recipe.audio.hop_length)
             name = source.name if len(pieces) == 1 else f"{source.name}_{number:03d}"
             audio.write(fresh / f"{name}.wav", whole, recipe.audio.sample_rate)
@@ -80,15 +80,21 @@ def run(experiment: Experiment) -> str:
 
 
 def utterances(samples: Tensor, recipe: Recipe) -> Iterator[Tensor]:
-    """Trim a recording (T,) and cut it at quiet places into pieces of at most `max_seconds`."""
-    settings, rate = recipe.prepare, recipe.audio.sample_rate
-    trimmed, _ = librosa.effects.trim(samples.numpy(), top_db=settings.trim_db)
-    rest = torch.from_numpy(trimmed)
-    longest = int(settings.max_seconds * rate)
+    """Cut a recording (T,) at quiet places into pieces of at most `max_seconds`, each without silence at its ends.
+
+    What counts as silence is the same for all pieces, so that a long pause leaves an empty one, not amplified noise.
+    """
+    loudest = float(librosa.feature.rms(y=samples.numpy()).max())
+
+    def trim(piece: Tensor) -> Tensor:
+        return torch.from_numpy(librosa.effects.trim(piece.numpy(), top_db=recipe.prepare.trim_db, ref=loudest)[0])
+
+    rest = trim(samples)
+    longest = int(recipe.prepare.max_seconds * recipe.audio.sample_rate)
     while len(rest) > longest:
-        cut = _quietest(rest[longest // 2 : longest], rate) + longest // 2
-        yield rest[:cut]
-        rest = rest[cut:]
+        cut = _quietest(rest[longest // 2 : longest], recipe.audio.sample_rate) + longest // 2
+        yield trim(rest[:cut])
+        rest = trim(rest[cut:])
     yield rest
 
 
@@ -124,21 +130,25 @@ def _judge(faults: list[str], recipe: Recipe) -> None:
             note(f"left out: {fault}")
         return
     shown = "\n".join(faults[:10]) + (f"\n... and {len(faults) - 10} more" if len(faults) > 10 else "")
+    advice = ", or leave out all such files with --set corpus.skip_unreadable=true"
     raise CorpusError(
-        f"{shown}\n{len(faults)} file{'s' * (len(faults) != 1)} of the corpus cannot be used; mend or remove, "
-        "or leave out all such files with --set corpus.skip_unreadable=true"
+        f"{shown}\n{len(faults)} file{'s' * (len(faults) != 1)} of the corpus cannot be used; mend or remove"
+        f"{advice if isinstance(corpus, FolderCorpus) else ''}"
     )
 
 
 def _outputs(experiment: Experiment) -> list[Path]:
-    if not experiment.manifest.exists():
-        return [experiment.manifest]
-    return [experiment.audio / f"{u.name}.wav" for u in Manifest.read(experiment.manifest).utterances]
+    try:
+        names = [utterance.name for utterance in Manifest.read(experiment.manifest).utterances]
+    except CorpusError:  # damaged, or not there: made again
+        return [experiment.root / "no manifest"]
+    return [experiment.audio / f"{name}.wav" for name in names]
 
 
 stage = Stage(
     name="prepare",
     summary=__doc__,
+    needs=(),
     settings=lambda experiment: [
         experiment.recipe.model_dump(mode="json", include=READS),
         corpora.state(experiment.recipe.corpus),

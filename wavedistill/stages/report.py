@@ -56,7 +56,9 @@ def run(experiment: Experiment) -> str:
         benchmark=benchmark,
         ratios=ratios(benchmark["rows"]),
         speed_plot=_png(speed_plot(benchmark["rows"], experiment.recipe.audio.sample_rate)),
-        losses=[(kind, _png(loss_plot(experiment, kind))) for kind in ("teacher", "student")],
+        losses=[
+            (kind, plot and _png(plot)) for kind in ("teacher", "student") for plot in [loss_plot(experiment, kind)]
+        ],
         clips=[
             (clip, [(title, *_listen(experiment, system, clip)) for system, title in SYSTEMS.items()])
             for clip in sorted(path.name for path in (experiment.samples / "recorded").glob("*.wav"))[:SHOWN_CLIPS]
@@ -112,12 +114,17 @@ def speed_plot(rows: list[dict[str, Any]], sample_rate: int) -> Figure:
     return figure
 
 
-def loss_plot(experiment: Experiment, kind: Kind) -> Figure:
-    """Every term of a training against its step, training and validation."""
-    log = EventAccumulator(str(experiment.training(kind) / "tensorboard"), size_guidance={"scalars": 0})
+def loss_plot(experiment: Experiment, kind: Kind) -> Figure | None:
+    """Every term of a training against its step, training and validation; None where its log is gone."""
+    folder = experiment.training(kind) / "tensorboard"
+    if not folder.is_dir():
+        return None
+    log = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     log.Reload()
     tags = log.Tags()["scalars"]
     terms = [tag.removeprefix("valid/") for tag in tags if tag.startswith("valid/")]
+    if not terms:
+        return None
     figure = Figure(figsize=(4.5 * len(terms), 3), layout="constrained")
     for axes, term in zip(np.atleast_1d(figure.subplots(1, len(terms))), terms, strict=True):
         for tag, style in ((f"train/{term}", {"alpha": 0.35}), (f"valid/{term}", {"marker": "o", "markersize": 3})):
@@ -158,6 +165,7 @@ def _base64(path: Path) -> str:
 stage = Stage(
     name="report",
     summary=__doc__,
+    needs=("teacher", "student", "evaluate", "benchmark"),
     settings=lambda experiment: [
         experiment.recipe.model_dump(mode="json"),
         (resources.files("wavedistill.stages") / "templates" / "report.html.j2").read_text(),

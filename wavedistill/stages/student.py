@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wavedistill.checkpoint import load_model
 from wavedistill.data import Batch, Manifest, random_stream
 from wavedistill.experiment import Experiment, Stage, fingerprint
 from wavedistill.losses import monte_carlo_kl, spectral_distance
@@ -26,7 +25,7 @@ def inputs(experiment: Experiment) -> list[Path]:
 def run(experiment: Experiment) -> str:
     """Distil, or go on distilling; returns a line of result."""
     recipe = experiment.recipe
-    teacher = load_model(experiment.checkpoint("teacher"), experiment.device).model
+    teacher = experiment.model("teacher")
 
     def noise_for(model: WaveformModel, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return model.base.noise(shape, generator).to(experiment.device)
@@ -63,6 +62,7 @@ def run(experiment: Experiment) -> str:
 stage = Stage(
     name="student",
     summary=__doc__,
+    needs=("prepare", "teacher"),
     settings=lambda experiment: experiment.recipe.model_dump(mode="json", include=READS),
     inputs=inputs,
     outputs=lambda experiment: [experiment.checkpoint("student")],

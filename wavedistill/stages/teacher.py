@@ -54,6 +54,7 @@ def run(experiment: Experiment) -> str:
 stage = Stage(
     name="teacher",
     summary=__doc__,
+    needs=("prepare",),
     settings=lambda experiment: experiment.recipe.model_dump(mode="json", include=READS),
     inputs=lambda experiment: [experiment.manifest],
     outputs=lambda experiment: [experiment.checkpoint("teacher")],

@@ -109,7 +109,7 @@ def run_stage(stage: Stage, experiment: Experiment) -> str:
     for name in stage.needs:
         if not _stamp(experiment, name).exists():
             raise UserError(
-                f"the {stage.name} stage needs the {name} stage of {experiment.root} to have finished: run it"
+                f"{experiment.root}: the {name} stage has not finished; run it before the {stage.name} stage"
             )
     for path in stage.inputs(experiment):
         if not path.exists():

@@ -148,6 +148,9 @@ def test_a_second_run_does_nothing_and_a_changed_setting_only_what_it_must(tiny_
 def test_a_model_of_other_settings_is_refused(tiny_run: Path) -> None:
     options = ("evaluate", TINY, "--exp", tiny_run.parent, "--set", "linear_prediction.order=12")
     fails(1, "its [linear_prediction] is not the recipe's: run the teacher stage again", *options)
+    options = ("teacher", TINY, "--exp", tiny_run.parent, "--set", "audio.f_max=7000")
+    fails(1, "its [audio] is not the recipe's: run the prepare stage again", *options)
+    assert (tiny_run / "teacher" / "checkpoint.pt").exists(), "nothing was set aside for it"
 
 
 @pytest.mark.slow

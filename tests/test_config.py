@@ -43,6 +43,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
             lambda d: d["linear_prediction"].update(order=201),
             r"linear_prediction\.order = 201 looks .* use 200 or less",
         ),
+        (lambda d: d["prepare"].update(max_seconds=float("inf")), r"prepare\.max_seconds = inf: .*finite number"),
         (lambda d: d["prepare"].update(test_fraction=0.6), r"prepare\.test_fraction = 0\.6: .*less than 0\.5"),
     ],
 )

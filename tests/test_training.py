@@ -148,6 +148,9 @@ def test_a_training_whose_checkpoint_was_deleted_starts_anew(tmp_path: Path, tra
     train("a")
     assert all(torch.equal(value, kept[name]) for name, value in weights(tmp_path / "a").items())
     assert (tmp_path / "a.1" / "training.pt").exists()
+    (tmp_path / "a" / "training.pt").unlink()
+    train("a")
+    assert all(torch.equal(value, kept[name]) for name, value in weights(tmp_path / "a.2").items())
 
 
 def test_resuming_loses_no_point_of_the_log(tmp_path: Path, train: Train) -> None:

@@ -101,7 +101,8 @@ def read(path: Path, sample_rate: int) -> Tensor:
 def write(path: Path, audio: Tensor, sample_rate: int) -> None:
     """Write audio (T,) in [-1, 1] as a PCM-16 wav file, whole or not at all; larger values clip."""
     partial = path.with_name(path.name + ".partial")
-    soundfile.write(partial, to_pcm16(audio), sample_rate, subtype="PCM_16", format="WAV")
+    with partial.open("wb") as file:  # which says what is wrong with a place that cannot be written
+        soundfile.write(file, to_pcm16(audio), sample_rate, subtype="PCM_16", format="WAV")
     partial.replace(path)
 
 

@@ -29,7 +29,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
     """Write a file of tensors and plain values; a file already there is replaced only once the new one is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    torch.save(content, partial)
+    with partial.open("wb") as file:  # which says what is wrong with a place that cannot be written
+        torch.save(content, file)
     partial.replace(path)
 
 

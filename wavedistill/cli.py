@@ -1,6 +1,5 @@
 """The command line `wavedistill`."""
 
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -80,7 +79,7 @@ def _add_stage(name: str) -> None:
     ) -> None:
         _run([name], recipe, overrides, root, device)
 
-    app.command(name, help=f"{STAGES[name].summary} (one stage)", rich_help_panel="Single stages")(command)
+    app.command(name, help=STAGES[name].summary, rich_help_panel="Single stages")(command)
 
 
 for _name in STAGES:
@@ -108,7 +107,7 @@ def generate(
     """Draw waveforms from a checkpoint: a teacher sample by sample, a student all at once.
 
     The output is 16-bit wav of exactly frames x hop samples. Audio may have any rate, format and number of channels; it
-    is brought to the level of the training data, and the output back.
+    is brought to the level of the training data, measured over the whole file, and the output back.
 
     Example: `wavedistill generate exp/demo/student/checkpoint.pt *.wav mel.npy --out out`
     """
@@ -188,8 +187,6 @@ def common(
 
 def main() -> None:
     """Entry point: a user's mistake ends in one clear message, 2 for usage and recipes, 1 for everything else."""
-    # TensorFlow-style start-up chatter of TensorBoard's dependencies has no place in a stage's output.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         app()
     except RecipeError as error:

@@ -28,7 +28,7 @@ Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 class Section(BaseModel):
     """A table of a recipe: unknown keys and wrong types are errors, and nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class NanottsCorpus(Section):
@@ -71,7 +71,7 @@ class Audio(Section):
     f_max: PositiveFloat
     """Hz."""
     level_db: Annotated[float, Field(lt=0)]
-    """RMS level every utterance is brought to, in dB relative to full scale."""
+    """RMS level every recording is brought to, in dB relative to full scale; less where its peak would clip."""
 
     @property
     def overlap(self) -> int:
@@ -235,11 +235,11 @@ class Recipe(Section):
                 f"conditioning.upsample = {list(self.conditioning.upsample)} multiplies to {product}, but "
                 f"audio.hop_length = {hop}; change either, for instance conditioning.upsample = {_factors(hop)}"
             )
-        margin = self.conditioning.context * hop
-        if self.linear_prediction.order > margin:
+        most = min(self.conditioning.context * hop, self.audio.n_fft // 2)
+        if self.linear_prediction.order > most:
             raise ValueError(
-                f"linear_prediction.order = {self.linear_prediction.order} looks further back than the margin of a "
-                f"segment, conditioning.context * audio.hop_length = {margin} samples; use {margin} or less"
+                f"linear_prediction.order = {self.linear_prediction.order} looks further back than half of audio.n_fft "
+                f"or than conditioning.context * audio.hop_length, the margin of a segment; use {most} or less"
             )
         segment = self.student.training.segment_frames * hop
         longest = max(self.student.spectral_n_ffts)

@@ -11,7 +11,8 @@ import torch
 
 from wavedistill.checkpoint import Kind, load_model
 from wavedistill.config import Recipe
-from wavedistill.errors import CheckpointError, UserError
+from wavedistill.data import Manifest
+from wavedistill.errors import CheckpointError, CorpusError, UserError
 from wavedistill.models import WaveformModel
 
 
@@ -40,6 +41,17 @@ class Experiment:
     def checkpoint(self, kind: Kind) -> Path:
         """The trained model's file."""
         return self.training(kind) / "checkpoint.pt"
+
+    def corpus(self) -> Manifest:
+        """The prepared corpus.
+
+        Raises:
+            CorpusError: if it is missing, or was prepared with other units than the recipe's.
+        """
+        manifest = Manifest.read(self.manifest)
+        if manifest.audio != self.recipe.audio:
+            raise CorpusError(f"{self.manifest}: its [audio] is not the recipe's: run the prepare stage again")
+        return manifest
 
     def model(self, kind: Kind) -> WaveformModel:
         """The trained model, on the device.

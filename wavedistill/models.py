@@ -128,7 +128,7 @@ def build(kind: str, recipe: Recipe, seed: int) -> WaveformModel:
 
 def _model(recipe: Recipe, base: str, flows: list[AutoregressiveAffine]) -> WaveformModel:
     conditioning, order = recipe.conditioning, recipe.linear_prediction.order
-    # `prepare` brings every utterance to the level, so without linear prediction it is the data's standard deviation.
+    # `prepare` brings every recording to this level: without linear prediction, the start is noise as loud as the data.
     scale = 10 ** (recipe.audio.level_db / 20)
     # What the flows give before the first step has unit variance, whatever the base.
     with torch.no_grad():

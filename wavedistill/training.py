@@ -220,14 +220,13 @@ class State:
 
     def restore(self, folder: Path, steps: int) -> None:
         """Take up the state in a folder; a folder of another training, or one beyond `steps`, is set aside."""
-        if not (folder / STATE_FILE).exists():
+        files = [(folder / name).exists() for name in (STATE_FILE, "checkpoint.pt")]
+        if not any(files):
             return
-        content = checkpoint.load(folder / STATE_FILE)
-        # Without the weights that were best, a state cannot be completed.
-        whole = (folder / "checkpoint.pt").exists()
-        if not whole or content.get("fingerprint") != self.fingerprint or content["step"] > steps:
+        content = checkpoint.load(folder / STATE_FILE) if all(files) else {}
+        if content.get("fingerprint") != self.fingerprint or content["step"] > steps:
             kept = checkpoint.set_aside(folder)
-            note(f"{folder}: holds a training with other settings or data, or without its checkpoint; kept as {kept}")
+            note(f"{folder}: holds a training with other settings or data, or only a part of one; kept as {kept}")
             return
         for name, part in self.parts.items():
             part.load_state_dict(content.pop(name))

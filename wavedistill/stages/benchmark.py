@@ -19,7 +19,7 @@ from torch import Tensor
 from wavedistill import __version__, sampling
 from wavedistill.audio import LogMel, pad_frames
 from wavedistill.checkpoint import Kind
-from wavedistill.data import Manifest, random_stream, read_samples
+from wavedistill.data import random_stream, read_samples
 from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import AutoregressiveAffine
 from wavedistill.progress import progress
@@ -132,7 +132,7 @@ def _sampler(experiment: Experiment, job: Job) -> Callable[[], Tensor]:
         past = sampling.conditioner_of(flow).wavenet.receptive_field
         solver, length = functools.partial(sampling.naive, start=past), past + length
     frames = -(-length // recipe.audio.hop_length)
-    utterance = max(Manifest.read(experiment.manifest).of("test"), key=lambda u: u.frames)
+    utterance = max(experiment.corpus().of("test"), key=lambda u: u.frames)
     mel = LogMel(recipe.audio).of_file(read_samples(experiment.audio, utterance)[None])
     mel = mel.repeat(1, 1, -(-frames // mel.shape[-1]))[..., :frames]
     mel = pad_frames(mel, recipe.conditioning.context).to(device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wavedistill import audio, metrics
 from wavedistill.config import Recipe
-from wavedistill.data import Manifest, Utterance, dequantise, random_stream, read_samples
+from wavedistill.data import Utterance, dequantise, random_stream, read_samples
 from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import FlowDistribution, Scale, StandardNormal
 from wavedistill.losses import monte_carlo_kl, negative_log_likelihood
@@ -27,7 +27,7 @@ def run(experiment: Experiment) -> str:
     """Write `metrics.json` and the synthesised clips; returns a line of result."""
     recipe = experiment.recipe
     teacher, student = experiment.model("teacher"), experiment.model("student")
-    test = Manifest.read(experiment.manifest).of("test")
+    test = experiment.corpus().of("test")
     density = densities(experiment, teacher, student, test)
     synthesis = synthesise(experiment, teacher, student, test[: recipe.evaluate.clips])
     write_json(experiment.metrics, {"density": density, "synthesis": synthesis})

@@ -43,6 +43,10 @@ def run(experiment: Experiment) -> str:
         gain = audio.level_gain(torch.cat(pieces), recipe.audio.level_db)
         for number, piece in enumerate(pieces):
             if len(piece) < recipe.prepare.min_seconds * recipe.audio.sample_rate:
+                if len(pieces) == 1:
+                    note(
+                        f"{source.origin}: left out: {len(piece) / recipe.audio.sample_rate:.2f} s without its silence"
+                    )
                 short += 1
                 continue
             whole = audio.pad_to_hops(piece * gain, recipe.audio.hop_length)
@@ -94,8 +98,8 @@ def utterances(samples: Tensor, recipe: Recipe) -> Iterator[Tensor]:
     while len(rest) > longest:
         cut = _quietest(rest[longest // 2 : longest], recipe.audio.sample_rate) + longest // 2
         yield trim(rest[:cut])
-        rest = trim(rest[cut:])
-    yield rest
+        rest = rest[cut:]
+    yield trim(rest)
 
 
 def splits(clips: list[tuple[str, str, int, float]], recipe: Recipe) -> dict[str, Split]:

@@ -61,7 +61,7 @@ def run(experiment: Experiment) -> str:
         ],
         clips=[
             (clip, [(title, *_listen(experiment, system, clip)) for system, title in SYSTEMS.items()])
-            for clip in sorted(path.name for path in (experiment.samples / "recorded").glob("*.wav"))[:SHOWN_CLIPS]
+            for clip in _clips(experiment)[:SHOWN_CLIPS]
         ],
     )
     partial = experiment.report.with_name("report.html.partial")
@@ -139,6 +139,12 @@ def loss_plot(experiment: Experiment, kind: Kind) -> Figure | None:
     return figure
 
 
+def _clips(experiment: Experiment) -> list[str]:
+    """The names of the clips that every system has."""
+    names = [{path.name for path in (experiment.samples / system).glob("*.wav")} for system in SYSTEMS]
+    return sorted(set.intersection(*names))
+
+
 def _listen(experiment: Experiment, system: str, clip: str) -> tuple[str, str]:
     """A clip as base64 wav, and a picture of its log-mel as base64 PNG."""
     path = experiment.samples / system / clip
@@ -170,7 +176,11 @@ stage = Stage(
         experiment.recipe.model_dump(mode="json"),
         (resources.files("wavedistill.stages") / "templates" / "report.html.j2").read_text(),
     ],
-    inputs=lambda experiment: [experiment.metrics, experiment.benchmark],
+    inputs=lambda experiment: [
+        experiment.metrics,
+        experiment.benchmark,
+        *(path for system in SYSTEMS for path in sorted((experiment.samples / system).glob("*.wav"))),
+    ],
     outputs=lambda experiment: [experiment.report],
     run=run,
 )

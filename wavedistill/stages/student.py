@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wavedistill.data import Batch, Manifest, random_stream
+from wavedistill.data import Batch, random_stream
 from wavedistill.experiment import Experiment, Stage, fingerprint
 from wavedistill.losses import monte_carlo_kl, spectral_distance
 from wavedistill.models import WaveformModel
@@ -46,7 +46,7 @@ def run(experiment: Experiment) -> str:
     trajectory = recipe.model_dump(mode="json", include=READS, exclude={"student": {"training": {"steps"}}})
     outcome = fit(
         Task("student", recipe.student.training, terms, recipe.student.loss.model_dump(), draw),
-        Manifest.read(experiment.manifest),
+        experiment.corpus(),
         experiment.audio,
         recipe=recipe,
         folder=experiment.training("student"),

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from wavedistill.data import Batch, Manifest, dequantise, random_stream
+from wavedistill.data import Batch, dequantise, random_stream
 from wavedistill.experiment import Experiment, Stage, fingerprint
 from wavedistill.models import WaveformModel
 from wavedistill.sampling import sample
@@ -38,7 +38,7 @@ def run(experiment: Experiment) -> str:
     trajectory = recipe.model_dump(mode="json", include=READS, exclude={"teacher": {"training": {"steps"}}})
     outcome = fit(
         Task("teacher", recipe.teacher.training, terms, {"nll": 1.0}, draw),
-        Manifest.read(experiment.manifest),
+        experiment.corpus(),
         experiment.audio,
         recipe=recipe,
         folder=experiment.training("teacher"),

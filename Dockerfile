@@ -28,9 +28,10 @@ RUN pip install --no-cache-dir --no-deps .
 RUN useradd --create-home --uid 10001 wavedistill \
  && mkdir -p data exp \
  && chown -R wavedistill data exp
-USER wavedistill
 # Caches that any user may write: --user may name one without a home.
-ENV NUMBA_CACHE_DIR=/tmp/numba MPLCONFIGDIR=/tmp/matplotlib
+RUN mkdir -m 1777 /cache
+ENV NUMBA_CACHE_DIR=/cache/numba MPLCONFIGDIR=/cache/matplotlib
+USER wavedistill
 
 # Recordings come in here, experiments stay out there.
 VOLUME ["/workspace/data", "/workspace/exp"]

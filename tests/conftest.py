@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from wavedistill.config import Audio, Recipe, validate_recipe
-from wavedistill.flows import AutoregressiveAffine, StandardNormal
+from wavedistill.flows import Affine, Autoregressive, StandardNormal
 from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel
-from wavedistill.models import AffineWaveNet, WaveformModel, build
+from wavedistill.models import ConditionerNetwork, WaveformModel, build
+from wavedistill.pitch import PITCH_CHANNELS, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
 from wavedistill.wavenet import MelEncoder, WaveNet
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = REPOSITORY / "recipes"
-SMALL_AUDIO = Audio(sample_rate=400, hop_length=8, n_fft=32, n_mels=5, f_min=0, f_max=200, level_db=-20)
+SMALL_AUDIO = Audio(
+    sample_rate=400, hop_length=8, n_fft=32, n_mels=5, f_min=0, f_max=200, f0_min=40, f0_max=100, level_db=-20
+)
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -44,21 +47,28 @@ def small_wavenet(**changes: Any) -> WaveNet:
     return randomise(WaveNet(**{**settings, **changes}))
 
 
-def small_flow(reads: str, seed: int = 0, **changes: Any) -> AutoregressiveAffine:
-    flow = AutoregressiveAffine(AffineWaveNet(small_wavenet(**changes), min_log_scale=-5.0), reads)
+def small_flow(reads: str, seed: int = 0, **changes: Any) -> Autoregressive:
+    flow = Autoregressive(ConditionerNetwork(small_wavenet(**changes), min_log_scale=-5.0), reads, Affine())
     return randomise(flow, seed)
 
 
 def small_model(kind: str) -> WaveformModel:
-    """A teacher of one flow, or a student of three, then linear prediction: 5 mel bands, a hop of 8, context 1."""
-    flows = [small_flow("x")] if kind == "teacher" else [small_flow("z", seed) for seed in range(3)]
+    """A teacher of one flow, or a student of three with a periodic source, then linear prediction.
+
+    5 mel bands, a hop of 8, context 1; F0 is predicted, so it is made up but the same for both.
+    """
+    flows = [small_flow("x")]
+    if kind == "student":
+        flows = [small_flow("z", seed, source_channels=SOURCE_CHANNELS) for seed in range(3)]
     model = WaveformModel(
-        MelEncoder(5, 3, 1, (2, 4)),
+        MelEncoder(5, 3, 1, (2, 4), others=PITCH_CHANNELS),
         flows,
         LinearPrediction(8),
         LinearPredictionFromMel(SMALL_AUDIO, 4),
         StandardNormal(),
         margin=1,
+        pitch=PitchPredictor(SMALL_AUDIO, channels=4),
+        source=PeriodicSource(SMALL_AUDIO) if kind == "student" else None,
     )
     return randomise(model, seed=7)
 

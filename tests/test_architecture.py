@@ -11,10 +11,10 @@ PACKAGE = REPOSITORY / "wavedistill"
 LAYERS = [
     {"errors", "progress"},
     {"config", "flows", "wavenet"},
-    {"audio", "losses"},
+    {"audio", "losses", "pitch"},
     {"linear_prediction", "data", "corpora", "metrics"},
     {"models"},
-    {"checkpoint", "sampling"},
+    {"checkpoint", "distillation", "sampling"},
     {"experiment", "training"},
     {"stages"},
     {"cli"},

@@ -9,7 +9,7 @@ import torch
 
 from wavedistill import audio
 from wavedistill.config import Recipe
-from wavedistill.data import Manifest, Segments, Utterance, dequantise, random_stream, read_samples
+from wavedistill.data import Manifest, Segments, Utterance, dequantise, f0_path, random_stream, read_samples
 from wavedistill.errors import AudioError, CorpusError
 
 
@@ -23,6 +23,7 @@ def corpus(folder: Path, recipe: Recipe, frames: list[int]) -> Manifest:
     utterances = []
     for i, count in enumerate(frames):
         audio.write(folder / f"{i}.wav", speech_like(count * recipe.audio.hop_length, i), recipe.audio.sample_rate)
+        np.save(f0_path(folder, str(i)), np.linspace(0, 200, count, dtype=np.float32))
         utterances.append(Utterance(name=str(i), source=str(i), split="train", frames=count, gain=1, sha256=""))
     return Manifest(audio=recipe.audio, utterances=utterances)
 
@@ -43,6 +44,8 @@ def test_frame_k_of_a_crop_is_frame_k_of_the_file(
     batch = segments.cut([(manifest.utterances[0], first)])
     assert whole.shape[-1] == 40 + 2 * context
     torch.testing.assert_close(batch.mel, whole[..., first : first + frames + 2 * context], rtol=0, atol=1e-9)
+    f0 = torch.nn.functional.pad(torch.linspace(0, 200, 40), (context, context))
+    torch.testing.assert_close(batch.f0[0], f0[first : first + frames + 2 * context])
     hop = tiny.audio.hop_length
     assert torch.equal(batch.audio, wave[:, first * hop : (first + frames) * hop])
     padded = torch.nn.functional.pad(wave, (context * hop, context * hop))

@@ -14,8 +14,9 @@ from tests.conftest import RECIPES, REPOSITORY
 from tests.test_audio import speech_like
 from wavedistill.audio import LogMel
 from wavedistill.checkpoint import load_model
-from wavedistill.config import load_recipe
+from wavedistill.config import Gates, load_recipe
 from wavedistill.stages import STAGES
+from wavedistill.stages.evaluate import gates
 
 TINY = str(RECIPES / "tiny.toml")
 
@@ -31,6 +32,9 @@ def fails(code: int, message: str, *arguments: str | Path) -> None:
     assert result.returncode == code, result.stderr
     assert message in " ".join(result.stderr.split()), result.stderr
     assert "Traceback" not in result.stderr
+
+
+SYSTEMS = {"recorded", "teacher", "student", "student_from_mel", "griffin_lim", "whisper"}
 
 
 @pytest.fixture(scope="session")
@@ -49,12 +53,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_it_promises(tiny_run: Path) -> None:
     for name in ("report.html", "metrics.json", "benchmark.json", "teacher/checkpoint.pt", "student/checkpoint.pt"):
         assert (tiny_run / name).stat().st_size > 0
-    assert {path.parent.name for path in tiny_run.glob("samples/*/*.wav")} == {
-        "recorded",
-        "teacher",
-        "student",
-        "griffin_lim",
-    }
+    assert {path.parent.name for path in tiny_run.glob("samples/*/*.wav")} == SYSTEMS
     assert not list(tiny_run.rglob("*.partial"))
 
 
@@ -75,13 +74,58 @@ def test_metrics_hold_the_promised_figures(tiny_run: Path) -> None:
     assert all(load_model(tiny_run / kind / "checkpoint.pt").step > 0 for kind in ("teacher", "student"))
     assert density["teacher_nll_before_training"] < density["level_gaussian_nll_nats_per_sample"] - 2
     assert 2 < density["flac_bits_per_sample"] < 16
-    assert set(metrics["synthesis"]) == {"recorded", "teacher", "student", "griffin_lim"}
+    assert density["teacher_nll_shuffled_conditioning"] > density["teacher_nll_nats_per_sample"]
+    assert set(metrics["synthesis"]) == SYSTEMS
     for scores in metrics["synthesis"].values():
-        assert set(scores) == {"pesq_wb", "stoi", "lsd_db", "level_difference_db", "periodicity"}
-    recorded, griffin_lim = metrics["synthesis"]["recorded"], metrics["synthesis"]["griffin_lim"]
+        assert set(scores) == {
+            "pesq_wb",
+            "stoi",
+            "mcd_db",
+            "lsd_db",
+            "f0_rmse_cents",
+            "vuv_f1",
+            "periodicity_rmse",
+            "periodicity",
+            "level_difference_db",
+            "tilt_difference_db",
+        }
+    recorded, griffin_lim, whisper = (metrics["synthesis"][name] for name in ("recorded", "griffin_lim", "whisper"))
     assert recorded["stoi"] == pytest.approx(1, abs=1e-4)
-    assert recorded["lsd_db"] == 0
+    assert recorded["lsd_db"] == recorded["mcd_db"] == recorded["f0_rmse_cents"] == 0
+    assert recorded["vuv_f1"] == 1
     assert griffin_lim["stoi"] > 0.7
+    assert whisper["periodicity"] < 0.5 * recorded["periodicity"]
+    assert whisper["vuv_f1"] < 0.5
+    assert set(metrics["pitch_from_mel"]) == {"f0_rmse_cents", "vuv_f1"}
+
+
+@pytest.mark.slow
+def test_gates_are_applied_to_the_student_and_named_where_they_fail(tiny_run: Path) -> None:
+    metrics = json.loads((tiny_run / "metrics.json").read_text())
+    gates, student = metrics["gates"], metrics["synthesis"]["student"]
+    assert set(gates) == {"level_db", "tilt_db", "vuv_f1", "periodicity"}
+    assert gates["level_db"]["value"] == abs(student["level_difference_db"])
+    page = (tiny_run / "report.html").read_text()
+    assert page.count('class="failed"') == sum(not gate["passed"] for gate in gates.values())
+    assert ("fails its gates" in page) == any(not gate["passed"] for gate in gates.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "failed"),
+    [
+        ({}, set()),
+        ({"level_difference_db": -3.5}, {"level_db"}),
+        ({"tilt_difference_db": 3.5}, {"tilt_db"}),
+        ({"vuv_f1": 0.5}, {"vuv_f1"}),
+        ({"periodicity": 0.3}, {"periodicity"}),
+        ({"vuv_f1": None, "periodicity": None}, {"vuv_f1", "periodicity"}),
+    ],
+)
+def test_each_gate_catches_its_own_fault(changes: dict[str, float | None], failed: set[str]) -> None:
+    good = {"level_difference_db": -1.0, "tilt_difference_db": 0.5, "vuv_f1": 0.95, "periodicity": 0.8}
+    thresholds = Gates(level_db=3.0, tilt_db=3.0, vuv_f1=0.9, periodicity=0.8)
+    found = gates({**good, **changes}, {"periodicity": 0.9}, thresholds)
+    assert {name for name, gate in found.items() if not gate["passed"]} == failed
 
 
 @pytest.mark.slow
@@ -122,8 +166,8 @@ def test_benchmark_compares_three_samplers_of_one_pair(tiny_run: Path) -> None:
 @pytest.mark.slow
 def test_the_report_is_self_contained(tiny_run: Path) -> None:
     page = (tiny_run / "report.html").read_text()
-    assert page.count("<audio ") == 2 * 4
-    assert page.count("data:image/png;base64,") == 2 * 4 + 3
+    assert page.count("<audio ") == 2 * len(SYSTEMS)
+    assert page.count("data:image/png;base64,") == 2 * len(SYSTEMS) + 3
     assert "http://" not in page
     assert "https://" not in page
     assert "whisper" in page

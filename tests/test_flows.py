@@ -11,9 +11,12 @@ from torch.distributions import AffineTransform, Normal, SigmoidTransform, Trans
 from tests.conftest import noise, small_flow, small_mel, small_model
 from wavedistill.flows import (
     BASES,
-    AutoregressiveAffine,
+    Affine,
+    Autoregressive,
     Composition,
+    Conditionals,
     FlowDistribution,
+    MixtureCdf,
     Scale,
     SequentialDirectionError,
     StandardLogistic,
@@ -25,13 +28,13 @@ from wavedistill.sampling import cached, invert, sample
 LENGTH = 22  # no multiple of the features' repetition
 
 
-def constant_flow(reads: str, shift: float, log_scale: float) -> AutoregressiveAffine:
+def constant_flow(reads: str, shift: float, log_scale: float) -> Autoregressive:
     """A flow whose parameters depend on nothing."""
 
     def conditioner(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         return torch.full_like(x, shift), torch.full_like(x, log_scale)
 
-    return AutoregressiveAffine(conditioner, reads)
+    return Autoregressive(conditioner, reads, Affine())
 
 
 def jacobian(function: Callable[[Tensor], tuple[Tensor, Tensor]], at: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +45,7 @@ def jacobian(function: Callable[[Tensor], tuple[Tensor, Tensor]], at: Tensor) ->
 
 @pytest.mark.parametrize("reads", ["x", "z"])
 def test_both_readings_round_trip(reads: str) -> None:
-    flow, context, given = small_flow(reads), noise(3, 6, 3), noise(3, LENGTH)
+    flow, context, given = small_flow(reads), (noise(3, 6, 3),), noise(3, LENGTH)
     with torch.no_grad():
         other = cached(flow, given, context)
         back, _ = flow.inverse(other, context) if reads == "x" else flow(other, context)
@@ -53,7 +56,7 @@ def test_both_readings_round_trip(reads: str) -> None:
 def test_jacobian_is_triangular_and_agrees_with_ladj(case: str) -> None:
     mel, at = small_mel(1, 3), noise(LENGTH)
     if case == "one flow":
-        flow, context = small_flow("z"), noise(1, 6, 3)
+        flow, context = small_flow("z"), (noise(1, 6, 3),)
         matrix, ladj = jacobian(lambda v: flow(v, context), at)
     else:
         distribution = small_model(case)(mel)
@@ -174,3 +177,92 @@ def test_kl_of_waveforms_is_the_kl_of_residuals() -> None:
         waveform, _ = monte_carlo_kl(student(mel), teacher(mel), z)
         residual, _ = monte_carlo_kl(student.residual(mel), teacher.residual(mel), z)
     torch.testing.assert_close(waveform, residual, rtol=0, atol=1e-9)
+
+
+MIXTURES = [(base, components) for base in BASES for components in (1, 2, 5)]
+
+
+def mixture_parameters(components: int, *shape: int, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    weights, shift, log_scale = noise(3, *shape, components, seed=3).unbind(0)
+    return weights, spread * shift, log_scale - 1
+
+
+@pytest.mark.parametrize(("base", "components"), MIXTURES)
+def test_mixture_has_the_density_of_torch_distributions_and_integrates_to_one(base: str, components: int) -> None:
+    weights, shift, log_scale = mixture_parameters(components)
+    x = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
+    every = tuple(p.expand(len(x), -1) for p in (weights, shift, log_scale))
+    log_prob = Conditionals(BASES["logistic"], MixtureCdf(BASES[base]), every).log_prob(x)
+    parts = BASES[base].log_prob((x[:, None] - shift) * (-log_scale).exp()) - log_scale
+    torch.testing.assert_close(log_prob, (weights.log_softmax(-1) + parts).logsumexp(-1), rtol=1e-9, atol=1e-9)
+    assert torch.trapezoid(log_prob.exp(), x).item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("base", "components"), MIXTURES)
+def test_mixture_round_trips_also_far_out_and_with_small_scales(base: str, components: int) -> None:
+    mixture, z = MixtureCdf(BASES[base]), torch.linspace(-40, 40, 801, dtype=torch.float64)
+    weights, shift, log_scale = (
+        p.expand(len(z), -1) for p in mixture_parameters(components, spread=10)
+    )  # far apart: the density has deep valleys
+    for smaller in (0, 5):
+        parameters = weights, shift, log_scale - smaller
+        x, ladj = mixture.to_x(z, *parameters)
+        back, inverse_ladj = mixture.to_z(x, *parameters)
+        # As exact as x can be: between far apart components, a rounding of x moves z.
+        tolerance = 1e-9 + 8 * torch.finfo(x.dtype).eps * x.abs() * inverse_ladj.exp()
+        assert ((back - z).abs() <= tolerance).all()
+        torch.testing.assert_close(ladj, -inverse_ladj)
+        assert (x.diff() > 0).all()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_mixture_s_ladj_is_the_logarithm_of_its_slope(base: str) -> None:
+    mixture, parameters, x = MixtureCdf(BASES[base]), mixture_parameters(4, 50), noise(50).requires_grad_()
+    z, ladj = mixture.to_z(x, *parameters)
+    (slope,) = torch.autograd.grad(z.sum(), x)
+    torch.testing.assert_close(slope.log(), ladj, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_mixture_of_one_logistic_is_affine_and_tails_keep_a_gradient_in_float32(base: str) -> None:
+    shift, log_scale = torch.tensor([[0.5]]), torch.tensor([[-4.5]]).requires_grad_()
+    x = torch.tensor([-30.0, 0.0, 30.0])  # thousands of scales away
+    parameters = torch.zeros(3, 1), shift.expand(3, 1), log_scale.expand(3, 1)
+    conditionals = Conditionals(BASES["logistic"], MixtureCdf(BASES[base]), parameters)
+    if base == "logistic":
+        torch.testing.assert_close(conditionals.noise(x), Affine().to_z(x, shift[0], log_scale[0])[0])
+    conditionals.log_prob(x).sum().backward()
+    assert log_scale.grad is not None
+    assert log_scale.grad.isfinite().all()
+    assert log_scale.grad.item() > 1, "a larger scale would explain these values"
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_both_ways_to_sample_a_mixture_agree_with_its_distribution_function(base: str) -> None:
+    """Kolmogorov-Smirnov distance of either from the distribution function, at the level of 1 in 10,000."""
+    count, generator = 20_000, torch.Generator().manual_seed(0)
+    mixture = MixtureCdf(BASES[base])
+    parameters = tuple(p.expand(count, -1) for p in mixture_parameters(3, spread=2))
+    through_cdf, _ = mixture.to_x(BASES["logistic"].noise((count,), generator).double(), *parameters)
+    choice = torch.rand(count, generator=generator, dtype=torch.float64)
+    by_component = mixture.by_component(choice, BASES[base].noise((count,), generator).double(), *parameters)
+    for draws in (through_cdf, by_component):
+        uniform = mixture.to_z(draws, *parameters)[0].sigmoid().sort().values
+        distance = (uniform - (torch.arange(count) + 0.5) / count).abs().max()
+        assert distance < 2.23 / math.sqrt(count)
+
+
+def test_conditionals_of_a_student_are_its_composed_affine_function() -> None:
+    student, z = small_model("student").residual(small_mel(2, 3)), noise(2, LENGTH)
+    with torch.no_grad():
+        x, conditionals = student.rsample_and_conditionals(z)
+        torch.testing.assert_close(conditionals.rsample(z), x)
+        torch.testing.assert_close(conditionals.log_prob(x), student.rsample_and_log_prob_steps(z)[1])
+
+
+def test_conditionals_of_a_teacher_are_the_terms_of_its_density() -> None:
+    teacher, x = small_model("teacher").residual(small_mel(2, 3)), noise(2, LENGTH)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.conditionals(x).log_prob(x), teacher.log_prob_steps(x))
+    with pytest.raises(SequentialDirectionError, match="masked"):
+        small_model("student").residual(small_mel(2, 3)).conditionals(x)

@@ -1,15 +1,44 @@
 """Objectives: agreement with closed forms, exact zeros, and where gradients go."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+from torch.nn import Parameter
 
-from tests.conftest import noise, small_mel, small_model
+from tests.conftest import noise, randomise, small_mel, small_model
 from tests.test_flows import constant_flow
-from wavedistill.flows import Composition, FlowDistribution, StandardNormal
-from wavedistill.losses import monte_carlo_kl, negative_log_likelihood, spectral_distance
+from wavedistill.audio import LogMel
+from wavedistill.config import Recipe
+from wavedistill.data import Batch, random_stream
+from wavedistill.distillation import Distillation
+from wavedistill.flows import (
+    Affine,
+    Composition,
+    Conditionals,
+    FlowDistribution,
+    MixtureCdf,
+    StandardLogistic,
+    StandardNormal,
+)
+from wavedistill.losses import (
+    closed_kl,
+    cross_entropy_kl,
+    log_mel_distance,
+    log_scale_distance,
+    monte_carlo_kl,
+    negative_log_likelihood,
+    spectral_distance,
+)
+from wavedistill.models import WaveformModel, build
+
+
+def density_parameters(model: WaveformModel) -> list[tuple[str, Parameter]]:
+    """All but those of the predictor of F0, which has an objective of its own."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if not name.startswith("pitch.")]
 
 
 def test_kl_of_a_density_from_itself_is_zero_for_every_draw() -> None:
@@ -36,7 +65,7 @@ def test_distillation_gradients_reach_every_student_parameter_and_no_teacher_par
     teacher.requires_grad_(False)
     kl, x = monte_carlo_kl(student(mel), teacher(mel), noise(2, 40))
     (kl.mean() + spectral_distance(x, noise(2, 40, seed=1), [16, 32]).mean()).backward()
-    for name, parameter in student.named_parameters():
+    for name, parameter in density_parameters(student):
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -48,13 +77,13 @@ def test_the_teacher_s_term_alone_moves_the_student() -> None:
     teacher.requires_grad_(False)
     x, _ = student(mel).rsample_and_log_prob(noise(1, 40))
     teacher(mel).log_prob(x).sum().backward()
-    assert all(parameter.grad is not None for parameter in student.parameters())
+    assert all(parameter.grad is not None for _, parameter in density_parameters(student))
 
 
 def test_likelihood_gradients_reach_every_teacher_parameter() -> None:
     teacher = small_model("teacher")
     negative_log_likelihood(teacher(small_mel(2, 5)), noise(2, 40)).mean().backward()
-    for name, parameter in teacher.named_parameters():
+    for name, parameter in density_parameters(teacher):
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
 
@@ -89,3 +118,116 @@ def test_hann_windows_keep_a_tone_out_of_distant_bands() -> None:
     distant = 0.001 * torch.sin(2 * math.pi * 0.4 * n)[None]
     # Four bins of a Hann window hold a tone: a thousandth of it elsewhere is heard as a thousandth, not masked.
     assert spectral_distance(tone + distant, tone, [512])[0] == pytest.approx(0.001, rel=0.2)
+
+
+def pair() -> tuple[Conditionals, Conditionals]:
+    """Two Gaussians a few tenths of a nat apart, at each of 2 x 50 steps."""
+    parameters = noise(4, 2, 50, seed=5) * 0.3
+    return tuple(Conditionals(StandardNormal(), Affine(), (p[0], p[1])) for p in parameters.split(2))
+
+
+def test_closed_kl_is_that_of_torch() -> None:
+    q, p = pair()
+    expected = kl_divergence(*(Normal(c.parameters[0], c.parameters[1].exp()) for c in (q, p)))
+    torch.testing.assert_close(closed_kl(q, p), expected)
+    assert not closed_kl(q, q).any()
+
+
+@pytest.mark.parametrize("k", [1, 10, 100])
+def test_estimators_agree_with_the_closed_form(k: int) -> None:
+    q, p = pair()
+    expected = closed_kl(q, p).sum()
+    draws = torch.stack([cross_entropy_kl(q, p, noise(k, 2, 50, seed=s)).sum() for s in range(200)])
+    assert abs(draws.mean() - expected) < 4 * draws.std() / math.sqrt(len(draws))
+    assert draws.std() / math.sqrt(len(draws)) < 0.1 * expected
+
+
+def test_estimators_of_one_student_agree_with_each_other() -> None:
+    """`mc`, `mc-k` and `closed` through whole networks: the same number within 4 standard errors."""
+    student, teacher, mel = small_model("student"), small_model("teacher"), small_mel(1, 5)
+    mel = mel.expand(64, -1, -1)
+    q, p = student.residual(mel), teacher.residual(mel)
+    found: dict[str, list[float]] = {"mc": [], "mc-k": [], "closed": []}
+    with torch.no_grad():
+        for seed in range(8):
+            z = noise(64, 40, seed=seed)
+            x, q_steps = q.rsample_and_conditionals(z)
+            p_steps = p.conditionals(x)
+            found["mc"] += monte_carlo_kl(q, p, z)[0].tolist()
+            found["mc-k"] += cross_entropy_kl(q_steps, p_steps, noise(10, 64, 40, seed=100 + seed)).mean(-1).tolist()
+            found["closed"] += closed_kl(q_steps, p_steps).mean(-1).tolist()
+    values = {name: torch.tensor(each) for name, each in found.items()}
+    for name in ("mc-k", "closed"):
+        difference = values[name] - values["mc"]  # of the same draws of x
+        assert abs(difference.mean()) < 4 * difference.std() / math.sqrt(len(difference)), name
+    assert values["closed"].std() <= values["mc"].std() * 1.1
+
+
+def test_closed_form_refuses_other_densities() -> None:
+    q, p = pair()
+    with pytest.raises(ValueError, match="Gaussians"):
+        closed_kl(q, p._replace(base=StandardLogistic()))
+    mixture = Conditionals(StandardLogistic(), MixtureCdf(StandardNormal()), (p.parameters[0],) * 3)
+    with pytest.raises(ValueError, match="mixture"):
+        log_scale_distance(q, mixture)
+
+
+def test_log_mel_distance_measures_a_gain_in_nats_in_loud_and_soft_parts_alike(tiny: Recipe) -> None:
+    filters = {64: torch.eye(33).double()[:, 1:32]}
+    y = noise(2, 400) * torch.tensor([[1.0], [0.01]])
+    torch.testing.assert_close(log_mel_distance(y * 1.5, y, filters), torch.full((2,), math.log(1.5)).double())
+    assert not log_mel_distance(1e-6 * y, 0 * y, filters).any(), "both silent"
+    x = torch.zeros(1, 400, dtype=torch.float64, requires_grad=True)
+    log_mel_distance(x, y[:1], filters).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+LOSSES = ("kl", "log_scale", "spectral", "log_mel", "contrastive", "x_reconstruction", "z_reconstruction")
+
+
+def distillation(recipe: Recipe, **loss: Any) -> tuple[dict[str, Tensor], WaveformModel]:
+    """The terms of a tiny untrained pair with some weights changed, and the student."""
+    changed = recipe.student.loss.model_copy(update=loss)
+    recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"loss": changed})})
+    student, teacher = (randomise(build(kind, recipe, 0)) for kind in ("student", "teacher"))
+    teacher.requires_grad_(False)
+    hop, frames, context = recipe.audio.hop_length, 12, recipe.conditioning.context
+    audio = 0.1 * noise(2, (frames + 2 * context) * hop)
+    mel = LogMel(recipe.audio).double().of_file(audio)
+    batch = Batch(audio[:, context * hop : -context * hop], audio, mel, torch.full((2, mel.shape[2]), 100.0).double())
+    objective = Distillation(teacher, recipe)
+    objective.filters = {n_fft: filters.double() for n_fft, filters in objective.filters.items()}
+    return objective.terms(student, batch, random_stream(0)), student
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("estimator", ["mc", "mc-k", "closed"])
+def test_every_term_moves_the_student(tiny: Recipe, name: str, estimator: str) -> None:
+    if name not in ("kl", "contrastive") and estimator != "closed":
+        pytest.skip("does not depend on the estimator of the KL")
+    weights = {other: float(other == name) for other in LOSSES}
+    terms, student = distillation(tiny, kl_estimator=estimator, kl_draws=3, **weights)
+    assert set(terms) == {"kl", name}, "terms without a weight cost nothing"
+    terms[name].backward()
+    for parameter_name, parameter in density_parameters(student):
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.any(), parameter_name
+
+
+def test_reconstruction_is_exact_for_a_student_that_is_its_teacher(tiny: Recipe) -> None:
+    """Untrained, both are the same white residual: noise comes back, and so does the recording."""
+    terms, _ = distillation(tiny, x_reconstruction=1.0, z_reconstruction=1.0, kl_estimator="mc")
+    assert terms["x_reconstruction"] > 1e-3, "these two differ"
+    student, teacher = build("student", tiny, 0), build("teacher", tiny, 0)
+    audio = 0.1 * noise(1, 16 * tiny.audio.hop_length).float()
+    mel = LogMel(tiny.audio).of_file(audio)
+    context = tiny.conditioning.context
+    inner = audio[:, context * tiny.audio.hop_length : -context * tiny.audio.hop_length]
+    loss = tiny.student.loss.model_copy(update={"x_reconstruction": 1.0, "z_reconstruction": 1.0})
+    recipe = tiny.model_copy(update={"student": tiny.student.model_copy(update={"loss": loss})})
+    batch = Batch(inner, audio, mel, torch.zeros(1, mel.shape[2]))
+    terms = Distillation(teacher, recipe).terms(student, batch, random_stream(0))
+    for name in ("kl", "x_reconstruction", "z_reconstruction"):
+        assert terms[name].abs() < 1e-3, name  # the soft bound of each flow adds a hundredth to its log-scale

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torchaudio
 
 from wavedistill import metrics
 from wavedistill.audio import LogMel
@@ -51,9 +52,12 @@ def test_a_whisper_has_no_periodicity_and_a_voice_has_it() -> None:
     assert metrics.periodicity(hiss(), voice, RATE) is None, "nothing voiced to compare"
 
 
-def test_scores_of_a_copy_are_the_best_there_are() -> None:
+def test_scores_of_a_copy_are_the_best_there_are(tiny: Recipe) -> None:
     voice = buzz() + 0.02 * hiss()
-    best, worse = metrics.scores(voice, voice, RATE), metrics.scores(voice, voice * 0.5 + 0.5 * hiss(), RATE)
+    best, worse = (
+        metrics.scores(voice, voice, tiny.audio),
+        metrics.scores(voice, voice * 0.5 + 0.5 * hiss(), tiny.audio),
+    )
     assert best["stoi"] == pytest.approx(1, abs=1e-4)
     assert best["lsd_db"] == 0
     assert best["level_difference_db"] == 0
@@ -63,9 +67,9 @@ def test_scores_of_a_copy_are_the_best_there_are() -> None:
         assert best["pesq_wb"] > worse["pesq_wb"]
 
 
-def test_scores_go_on_without_pesq(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_go_on_without_pesq(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "pesq_available", lambda: False)
-    assert metrics.scores(buzz(), buzz(), RATE)["pesq_wb"] is None
+    assert metrics.scores(buzz(), buzz(), tiny.audio)["pesq_wb"] is None
 
 
 def test_griffin_lim_keeps_length_place_and_level(tiny: Recipe) -> None:
@@ -76,3 +80,46 @@ def test_griffin_lim_keeps_length_place_and_level(tiny: Recipe) -> None:
     assert copy[:7000].abs().max() < 0.01 > copy[-7000:].abs().max()
     assert abs(10 * torch.log10(copy.square().sum() / sound.square().sum())) < 1.5
     assert torch.equal(copy, metrics.griffin_lim(LogMel(tiny.audio).of_file(sound[None])[0], tiny.audio))
+
+
+def test_a_voice_and_a_whisper_differ_in_voicing_and_a_transposed_voice_in_cents(tiny: Recipe) -> None:
+    voice = buzz()
+    whisper = metrics.scores(voice, hiss(), tiny.audio)
+    assert whisper["vuv_f1"] == 0
+    assert whisper["f0_rmse_cents"] is None
+    assert whisper["periodicity_rmse"] is not None
+    assert whisper["periodicity_rmse"] > 0.5
+    semitone = metrics.scores(voice, buzz(pitch=120 * 2 ** (1 / 12)), tiny.audio)
+    assert semitone["vuv_f1"] == pytest.approx(1, abs=0.02)
+    assert semitone["f0_rmse_cents"] == pytest.approx(100, abs=15)
+
+
+def test_agreement_of_f0_counts_what_it_says() -> None:
+    reference, other = torch.tensor([0.0, 100, 100, 100]), torch.tensor([100.0, 200, 100, 0])
+    found = metrics.f0_agreement(reference, other)
+    assert found["vuv_f1"] == pytest.approx(2 * 2 / (3 + 3))
+    assert found["f0_rmse_cents"] == pytest.approx(1200 / math.sqrt(2))
+    assert metrics.f0_agreement(torch.zeros(3), torch.zeros(3)) == {"f0_rmse_cents": None, "vuv_f1": None}
+
+
+def test_tilt_is_the_power_above_2_khz_relative_to_that_below() -> None:
+    n = torch.arange(RATE, dtype=torch.float64) / RATE
+    low, high = torch.sin(2 * math.pi * 500 * n), torch.sin(2 * math.pi * 5000 * n)
+    assert metrics.tilt_db(low + 0.1 * high, RATE) == pytest.approx(-20, abs=0.01)
+    assert metrics.tilt_db(hiss() * 3, RATE) == pytest.approx(metrics.tilt_db(hiss(), RATE))
+    assert metrics.tilt_db(torch.zeros(RATE), RATE) == -100
+
+
+def test_mel_cepstral_distortion_hears_the_envelope_and_not_the_level(tiny: Recipe) -> None:
+    sound = hiss()
+    assert metrics.mel_cepstral_distortion_db(sound, sound, tiny.audio) == 0
+    assert metrics.mel_cepstral_distortion_db(sound, 2 * sound, tiny.audio) < 0.01
+    # A tilt of the spectrum by a cosine of height h over the mel axis is c_1 = h: 10 / ln 10 * sqrt(2) * h decibels.
+    tilted = torchaudio.functional.preemphasis(sound, 0.9)
+    mel, mel_tilted = (LogMel(tiny.audio).of_file(a[None])[0].mean(1) for a in (sound, tilted))
+    bands = torch.arange(len(mel)) + 0.5
+    change = mel_tilted - mel
+    cepstrum = [2 * (change * torch.cos(math.pi * m * bands / len(mel))).mean() for m in range(1, 25)]
+    expected = 10 / math.log(10) * math.sqrt(2 * sum(c**2 for c in cepstrum))
+    found = metrics.mel_cepstral_distortion_db(sound, tilted, tiny.audio)
+    assert found == pytest.approx(expected, rel=0.1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import noise, small_flow, small_mel, small_model
-from wavedistill.flows import AutoregressiveAffine
+from wavedistill.flows import Affine, Autoregressive
 from wavedistill.sampling import cached, invert, naive, sample
 
 
@@ -14,7 +14,7 @@ from wavedistill.sampling import cached, invert, naive, sample
 @pytest.mark.parametrize("kernel_size", [2, 3])
 def test_cached_equals_naive_equals_definition(length: int, kernel_size: int) -> None:
     """x_t = mu(x_<t) + sigma(x_<t) z_t, where the parallel pass over the finished x gives mu and sigma."""
-    flow, context, z = small_flow("x", kernel_size=kernel_size), noise(2, 10, 3), noise(2, length)
+    flow, context, z = small_flow("x", kernel_size=kernel_size), (noise(2, 10, 3),), noise(2, length)
     with torch.no_grad():
         slow, fast = naive(flow, z, context), cached(flow, z, context)
         shift, log_scale = flow.conditioner(slow, context)
@@ -25,7 +25,7 @@ def test_cached_equals_naive_equals_definition(length: int, kernel_size: int) ->
 def test_unconditional_sampling() -> None:
     flow, z = small_flow("x", feature_channels=None, repeat=1), noise(2, 25)
     with torch.no_grad():
-        assert (naive(flow, z, None) - cached(flow, z, None)).abs().max() < 1e-9
+        assert (naive(flow, z, ()) - cached(flow, z, ())).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
@@ -46,7 +46,7 @@ def test_student_sampling_is_its_one_pass() -> None:
 
 def test_naive_from_a_later_start_costs_only_what_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the benchmark relies on to time the steady state."""
-    flow, context, z = small_flow("x"), noise(1, 10, 3), noise(1, 40)
+    flow, context, z = small_flow("x"), (noise(1, 10, 3),), noise(1, 40)
     calls = []
     forward = flow.conditioner.forward
     monkeypatch.setattr(flow.conditioner, "forward", lambda x, c: calls.append(x.shape[1]) or forward(x, c))
@@ -57,6 +57,6 @@ def test_naive_from_a_later_start_costs_only_what_it_draws(monkeypatch: pytest.M
 
 
 def test_a_flow_that_cannot_step_is_refused_by_name() -> None:
-    flow = AutoregressiveAffine(lambda x, c: (x, x), "x")
+    flow = Autoregressive(lambda x, c: (x, x), "x", Affine())
     with pytest.raises(TypeError, match="function"):
-        cached(flow, noise(1, 4), None)
+        cached(flow, noise(1, 4), ())

@@ -58,7 +58,7 @@ def train(tmp_path: Path, recipe: Recipe) -> Train:
 
         settings = recipe.teacher.training.model_copy(update={"steps": steps})
         task = Task(
-            "teacher", settings, terms, {"nll": 1.0}, lambda model, mel: sample(model(mel), torch.zeros(1, 800))
+            "teacher", settings, terms, {"nll": 1.0}, lambda model, batch: sample(model(batch.mel), torch.zeros(1, 800))
         )
         return fit(
             task,
@@ -245,7 +245,7 @@ def test_the_bound_of_log_scale_never_stops_the_gradient(tiny: Recipe) -> None:
     conditioner = flow.conditioner
     with torch.no_grad():
         conditioner.wavenet.head.bias[1] = -20.0
-    _, log_scale = conditioner(torch.zeros(1, 8), model.encoder(torch.zeros(1, tiny.audio.n_mels, 3)))
+    _, log_scale = conditioner(torch.zeros(1, 8), model._context(torch.zeros(1, tiny.audio.n_mels, 3), None))
     assert (log_scale >= tiny.teacher.min_log_scale).all()
     log_scale.sum().backward()
     assert conditioner.wavenet.head.bias.grad[1] > 0

@@ -42,6 +42,19 @@ class NanottsCorpus(Section):
     """Use only the first so many sentences."""
 
 
+class DebianCorpus(Section):
+    """Every wav, flac and ogg file in a Debian package."""
+
+    kind: Literal["debian"]
+    package: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Of the package's file."""
+    path: str
+    """The folder the package is fetched and unpacked to; a package's file that is there already is used."""
+    limit: PositiveInt | None = None
+    """Use only the first so many files, in the order of their paths."""
+
+
 class FolderCorpus(Section):
     """Every wav, flac and ogg file below a folder."""
 
@@ -53,11 +66,11 @@ class FolderCorpus(Section):
     """Use only the first so many files, in the order of their paths."""
 
 
-Corpus = Annotated[NanottsCorpus | FolderCorpus, Field(discriminator="kind")]
+Corpus = Annotated[NanottsCorpus | DebianCorpus | FolderCorpus, Field(discriminator="kind")]
 
 
 class Audio(Section):
-    """Units of the waveform and of its log-mel; shared by every stage."""
+    """Units of the waveform, of its log-mel and its F0; shared by every stage."""
 
     sample_rate: PositiveInt
     """Hz."""
@@ -70,6 +83,10 @@ class Audio(Section):
     """Hz."""
     f_max: PositiveFloat
     """Hz."""
+    f0_min: Annotated[float, Field(ge=40)]
+    """Hz; the lowest fundamental frequency that is looked for."""
+    f0_max: PositiveFloat
+    """Hz; the highest."""
     level_db: Annotated[float, Field(lt=0)]
     """RMS level every recording is brought to, in dB relative to full scale; less where its peak would clip."""
 
@@ -89,6 +106,11 @@ class Audio(Section):
             raise ValueError(
                 f"f_min = {self.f_min} and f_max = {self.f_max} must satisfy f_min < f_max <= sample_rate / 2; "
                 f"for instance f_max = {self.sample_rate / 2}"
+            )
+        if not 1.5 * self.f0_min <= self.f0_max <= self.sample_rate / 4:
+            raise ValueError(
+                f"f0_min = {self.f0_min} and f0_max = {self.f0_max} must satisfy 1.5 f0_min <= f0_max <= "
+                "sample_rate / 4; for instance f0_min = 60, f0_max = 400"
             )
         return self
 
@@ -114,6 +136,8 @@ class Conditioning(Section):
     """Frames seen on either side."""
     upsample: Integers
     """Factors from frames to samples; their product is the hop length, the last one is plain repetition."""
+    pitch: bool
+    """Whether F0 and voicing join the log-mel."""
 
 
 class LinearPrediction(Section):
@@ -144,6 +168,8 @@ class Training(Section):
     warmup_steps: NonNegativeInt
     grad_clip: PositiveFloat
     """Largest norm of the gradient."""
+    compile: bool
+    """Whether to compile the networks first: half as fast again on a CPU, after a minute; needs a C++ compiler."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     """Decay of the moving average of the weights; the average is what is validated and kept."""
     validate_every: PositiveInt
@@ -156,6 +182,9 @@ class Teacher(Section):
     """The masked autoregressive flow that is trained by maximum likelihood."""
 
     base: Literal["normal", "logistic"]
+    """The shape of a sample's density given the ones before."""
+    components: PositiveInt
+    """How many of them are mixed."""
     layers: PositiveInt
     min_log_scale: Annotated[float, Field(lt=0)]
     """Lower bound of log_scale, in nats, for a residual of about unit variance."""
@@ -163,11 +192,30 @@ class Teacher(Section):
     training: Training
 
 
-class StudentLoss(Section):
-    """Weights of the distillation objective's terms."""
+Weight = Annotated[float, Field(ge=0)]
 
-    kl: Annotated[float, Field(ge=0)]
-    spectral: Annotated[float, Field(ge=0)]
+
+class StudentLoss(Section):
+    """Weights of the distillation objective's terms, and how its KL is estimated."""
+
+    kl: Weight
+    """Kullback-Leibler divergence from the teacher, nats a sample."""
+    kl_estimator: Literal["mc", "mc-k", "closed"]
+    """From the log densities of one draw; from `kl_draws` draws of every step; or in closed form, for Gaussians."""
+    kl_draws: PositiveInt
+    """Of "mc-k"."""
+    log_scale: Weight
+    """Squared distance of the student's log-scales from the teacher's."""
+    spectral: Weight
+    """Relative distance of short-time spectra from the recording's."""
+    log_mel: Weight
+    """Distance of log-mels from the recording's, nats of amplitude."""
+    contrastive: Weight
+    """Less the KL from the teacher under the conditioning of another place, nats a sample."""
+    x_reconstruction: Weight
+    """Mean square error of the recording's residual, through the teacher to noise and through the student back."""
+    z_reconstruction: Weight
+    """Mean square error of the noise, through the student to a residual and through the teacher back."""
 
 
 class Student(Section):
@@ -176,6 +224,8 @@ class Student(Section):
     base: Literal["normal", "logistic"]
     flow_layers: Integers
     """Layers of each flow, from noise to waveform."""
+    periodic_source: bool
+    """Whether the networks read signals that repeat with F0 beside the noise; needs `conditioning.pitch`."""
     min_log_scale: Annotated[float, Field(lt=0)]
     """Lower bound of each flow's log_scale, in nats, for a residual of about unit variance."""
     spectral_n_ffts: Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(strict=False, min_length=1)]
@@ -196,6 +246,19 @@ class Evaluate(Section):
     """Noise draws for each test utterance."""
     temperature: PositiveFloat
     """Scale of the teacher's and the student's noise."""
+
+
+class Gates(Section):
+    """What the student's speech must not fall short of on the test split, so that a whisper is called one."""
+
+    level_db: PositiveFloat
+    """Largest difference of its RMS level from the recordings', either way."""
+    tilt_db: PositiveFloat
+    """Largest difference of its spectral tilt, either way."""
+    vuv_f1: Annotated[float, Field(ge=0, le=1)]
+    """Least F1 of voiced against unvoiced."""
+    periodicity: Annotated[float, Field(ge=0, le=1)]
+    """Least share of the recordings' own periodicity in voiced parts."""
 
 
 class Benchmark(Section):
@@ -225,6 +288,7 @@ class Recipe(Section):
     teacher: Teacher
     student: Student
     evaluate: Evaluate
+    gates: Gates
     benchmark: Benchmark
 
     @model_validator(mode="after")
@@ -241,6 +305,16 @@ class Recipe(Section):
                 f"linear_prediction.order = {self.linear_prediction.order} looks further back than half of audio.n_fft "
                 f"or than conditioning.context * audio.hop_length, the margin of a segment; use {most} or less"
             )
+        gaussian = {self.teacher.base, self.student.base} == {"normal"} and self.teacher.components == 1
+        if self.student.loss.kl_estimator == "closed" and not gaussian:
+            raise ValueError(
+                'student.loss.kl_estimator = "closed" needs teacher.base = "normal", teacher.components = 1 and '
+                'student.base = "normal"; use "mc-k" for other densities'
+            )
+        if self.student.loss.log_scale and self.teacher.components > 1:
+            raise ValueError("student.loss.log_scale compares log-scales, and a mixture has no single one: set it to 0")
+        if self.student.periodic_source and not self.conditioning.pitch:
+            raise ValueError("student.periodic_source = true needs F0: set conditioning.pitch = true as well")
         segment = self.student.training.segment_frames * hop
         longest = max(self.student.spectral_n_ffts)
         if longest > segment:

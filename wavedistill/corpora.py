@@ -1,6 +1,8 @@
 """Where speech comes from: each kind of corpus as a list of sources that can be read one by one."""
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ import torchaudio
 from torch import Tensor
 
 from wavedistill import audio
-from wavedistill.config import Corpus, FolderCorpus, NanottsCorpus
+from wavedistill.config import Corpus, DebianCorpus, FolderCorpus, NanottsCorpus
 from wavedistill.errors import CorpusError
 
 NANOTTS_SAMPLE_RATE = 16000
@@ -41,13 +43,19 @@ def sources(corpus: Corpus) -> list[Source]:
     Raises:
         CorpusError: if there are none, or what makes them is missing.
     """
-    return (_nanotts(corpus) if isinstance(corpus, NanottsCorpus) else _folder(corpus))[: corpus.limit]
+    if isinstance(corpus, NanottsCorpus):
+        found = _nanotts(corpus)
+    else:
+        found = _folder(_unpacked(corpus) if isinstance(corpus, DebianCorpus) else corpus)
+    return found[: corpus.limit]
 
 
 def state(corpus: Corpus) -> list[str]:
-    """What must not change for a prepared corpus to stay current: the text, or each file's path, size and time."""
+    """What must not change for a prepared corpus to stay current: text, digest, or each file's path, size and time."""
     if isinstance(corpus, NanottsCorpus):
         return _sentences(corpus)
+    if isinstance(corpus, DebianCorpus):
+        return [corpus.sha256]
     return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in _files(corpus)]
 
 
@@ -97,6 +105,42 @@ def _folder(corpus: FolderCorpus) -> list[Source]:
         Source(_name(index, path), str(path.relative_to(root)), partial(audio.read, path))
         for index, path in enumerate(_files(corpus), 1)
     ]
+
+
+def _unpacked(corpus: DebianCorpus) -> FolderCorpus:
+    """The folder of a package's files, fetched and unpacked if they are not there yet.
+
+    Raises:
+        CorpusError: if the package cannot be fetched or unpacked, or is not the one that the recipe means.
+    """
+    root = Path(corpus.path)
+    unpacked = root / corpus.sha256
+    if not unpacked.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        if not list(root.glob(f"{corpus.package}_*.deb")):
+            _command(["apt-get", "download", corpus.package], root, corpus)
+        (package, *others) = sorted(root.glob(f"{corpus.package}_*.deb"))
+        if others:
+            raise CorpusError(f"{root}: holds several packages {corpus.package}: keep the one with the right sha256")
+        digest = hashlib.sha256(package.read_bytes()).hexdigest()
+        if digest != corpus.sha256:
+            raise CorpusError(f"{package}: its sha256 is {digest}, not corpus.sha256: remove it, or correct the recipe")
+        partial = unpacked.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        _command(["dpkg-deb", "-x", package.name, partial.name], root, corpus)
+        partial.rename(unpacked)
+    return FolderCorpus(kind="folder", path=str(unpacked), limit=corpus.limit)
+
+
+def _command(command: list[str], folder: Path, corpus: DebianCorpus) -> None:
+    advice = f"put the package {corpus.package} into {folder} yourself (https://packages.debian.org/{corpus.package})"
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        need = "a Debian system" if command[0] == "apt-get" else "dpkg"
+        raise CorpusError(f"corpus.kind = 'debian' needs {command[0]}: use {need}, or a folder of its files") from error
+    if done.returncode:
+        raise CorpusError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}; {advice}")
 
 
 def _name(index: int, path: Path) -> str:

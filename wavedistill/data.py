@@ -21,7 +21,7 @@ class Utterance(BaseModel):
     """One prepared clip.
 
     Attributes:
-        name: of the clip; its audio is `audio/<name>.wav` beside the manifest.
+        name: of the clip; its audio is `audio/<name>.wav` beside the manifest, its F0 `audio/<name>.f0.npy`.
         source: the file of the corpus it comes from.
         split: the part of the corpus it belongs to.
         frames: its length in hops.
@@ -75,11 +75,13 @@ class Batch(NamedTuple):
         audio: (B, F * hop) the segments.
         with_margins: (B, (F + 2 context) * hop) the segments with the audio around them, silent outside the file.
         mel: (B, n_mels, F + 2 context) the log-mel of `with_margins`, as it is in the whole file.
+        f0: (B, F + 2 context) its F0 in Hz, 0 where unvoiced.
     """
 
     audio: Tensor
     with_margins: Tensor
     mel: Tensor
+    f0: Tensor
 
 
 class Segments:
@@ -130,17 +132,19 @@ class Segments:
         """The segments that start at given frames of given utterances."""
         margin = self.context * self.hop_length
         around, length = margin + self.overlap, self.frames * self.hop_length
-        surroundings, inside = [], []
+        surroundings, inside, f0 = [], [], []
         for utterance, first in places:
             start = first * self.hop_length - around
             surroundings.append(read_samples(self.folder, utterance, start, length + 2 * around))
             frames = torch.arange(first - self.context, first + self.frames + self.context)
             inside.append((frames >= 0) & (frames < utterance.frames))
+            f0.append(read_f0(self.folder, utterance)[frames.clamp(0, utterance.frames - 1)] * inside[-1])
         wide = torch.stack(surroundings).to(self.device)
         return Batch(
             audio=wide[:, around : around + length],
             with_margins=wide[:, self.overlap : self.overlap + length + 2 * margin],
             mel=self.log_mel.of_segment(wide, torch.stack(inside).to(self.device)),
+            f0=torch.stack(f0).to(self.device),
         )
 
 
@@ -157,6 +161,23 @@ def read_samples(folder: Path, utterance: Utterance, start: int = 0, length: int
     except soundfile.SoundFileError as error:
         raise CorpusError(f"{path}: cannot be read: delete it and run the prepare stage again") from error
     return torch.from_numpy(out)
+
+
+def f0_path(folder: Path, name: str) -> Path:
+    """The file of an utterance's F0."""
+    return folder / f"{name}.f0.npy"
+
+
+def read_f0(folder: Path, utterance: Utterance) -> Tensor:
+    """F0 (frames,) of an utterance in Hz, 0 where unvoiced."""
+    path = f0_path(folder, utterance.name)
+    try:
+        f0 = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CorpusError(f"{path}: cannot be read: delete it and run the prepare stage again") from error
+    if f0.shape != (utterance.frames,):
+        raise CorpusError(f"{path}: is not that of its audio: delete it and run the prepare stage again")
+    return torch.from_numpy(f0)
 
 
 def dequantise(audio: Tensor, generator: torch.Generator) -> Tensor:

@@ -42,6 +42,11 @@ class Experiment:
         """The trained model's file."""
         return self.training(kind) / "checkpoint.pt"
 
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The files of both trained models."""
+        return [self.checkpoint("teacher"), self.checkpoint("student")]
+
     def corpus(self) -> Manifest:
         """The prepared corpus.
 

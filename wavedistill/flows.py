@@ -6,7 +6,7 @@ Jacobian, so that a mask or a per-step estimator needs no second implementation;
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,12 @@ class Base(Protocol):
     def log_prob(self, z: Tensor) -> Tensor:
         """Log density of each value in nats, in the shape of z."""
 
+    def log_cdf(self, z: Tensor) -> Tensor:
+        """Log of the probability below each value; above it is that below its negative, for both are symmetric."""
+
+    def quantile(self, logit: Tensor) -> Tensor:
+        """The value below which lies the probability with a given log-odds."""
+
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Draw from the base distribution with the generator, on the generator's device."""
 
@@ -37,6 +43,13 @@ class StandardNormal:
     def log_prob(self, z: Tensor) -> Tensor:
         return -0.5 * (z.square() + math.log(2 * math.pi))
 
+    def log_cdf(self, z: Tensor) -> Tensor:
+        return torch.special.log_ndtr(z)
+
+    def quantile(self, logit: Tensor) -> Tensor:
+        # From the nearer tail, whose probability does not round to one.
+        return torch.special.ndtri(torch.sigmoid(-logit.abs())) * -logit.sign()
+
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device)
 
@@ -48,6 +61,12 @@ class StandardLogistic:
 
     def log_prob(self, z: Tensor) -> Tensor:
         return -z.abs() - 2 * F.softplus(-z.abs())
+
+    def log_cdf(self, z: Tensor) -> Tensor:
+        return F.logsigmoid(z)
+
+    def quantile(self, logit: Tensor) -> Tensor:
+        return logit
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         # The open interval: 0 would map to minus infinity.
@@ -62,11 +81,92 @@ Context = Any
 """What a transform is conditioned on: for a network, features; for a `Composition`, a sequence of one for each part."""
 
 
+Parameters = tuple[Tensor, ...]
+"""What an elementwise bijection is given for every step: tensors of shape (B, T), or (B, T, K) for K components."""
+
+
 class Conditioner(Protocol):
     """A strictly causal function: the parameters at t see only the input before t."""
 
-    def __call__(self, x: Tensor, /, context: Context) -> tuple[Tensor, Tensor]:
-        """Shift and log_scale at every t, (B, T) each, of the input (B, T)."""
+    def __call__(self, x: Tensor, /, context: Context) -> Parameters:
+        """The parameters of an elementwise bijection at every t of the input (B, T)."""
+
+
+class Elementwise(Protocol):
+    """An increasing function of one variable, given its parameters, and its inverse."""
+
+    def to_x(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """x and log dx/dz, in the shape of z."""
+
+    def to_z(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """z and log dz/dx, in the shape of x."""
+
+
+class Affine:
+    r""":math:`x = \mu + \sigma z`; the parameters are the shift and the log_scale."""
+
+    def to_x(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = parameters
+        return shift + log_scale.exp() * z, log_scale
+
+    def to_z(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = parameters
+        return (x - shift) * (-log_scale).exp(), -log_scale
+
+
+class MixtureCdf:
+    r"""Turns standard logistic noise into a mixture of K scaled and shifted bases, through its distribution function.
+
+    .. math:: z = \operatorname{logit} F(x), \qquad F(x) = \sum_k \pi_k F_k\Big(\frac{x - \mu_k}{\sigma_k}\Big), \qquad
+              \frac{dz}{dx} = \frac{f(x)}{F(x) (1 - F(x))}
+
+    so that the density of x is the mixture's (Ho et al. 2019, *Flow++*). Both tails are computed as logarithms, so that
+    neither they nor small scales lose the gradient. The inverse is found by Newton's method inside a bracket, to
+    rounding, and has no gradient. The parameters are unnormalised log weights, shifts and log_scales, (..., K) each.
+
+    Args:
+        component: the base whose copies are mixed.
+    """
+
+    ITERATIONS = 100
+    """At most; a bracket halves at least as often as not."""
+
+    def __init__(self, component: Base) -> None:
+        self.component = component
+
+    def to_z(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        weights, shift, log_scale = parameters
+        log_weights = weights.log_softmax(-1)
+        u = (x.unsqueeze(-1) - shift) * (-log_scale).exp()
+        below = (log_weights + self.component.log_cdf(u)).logsumexp(-1)
+        above = (log_weights + self.component.log_cdf(-u)).logsumexp(-1)
+        log_density = (log_weights + self.component.log_prob(u) - log_scale).logsumexp(-1)
+        return below - above, log_density - below - above
+
+    @torch.no_grad()
+    def to_x(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        _, shift, log_scale = parameters
+        # Where each component alone would have it: the mixture lies between the outermost.
+        alone = shift + log_scale.exp() * self.component.quantile(z).unsqueeze(-1)
+        low, high = alone.amin(-1), alone.amax(-1)
+        x = (low + high) / 2
+        for _ in range(self.ITERATIONS):
+            found, slope = self.to_z(x, *parameters)
+            low, high = torch.where(found < z, x, low), torch.where(found < z, high, x)
+            step = x - (found - z) * (-slope).exp()
+            following = torch.where((step > low) & (step < high), step, (low + high) / 2)
+            settled = (following - x).abs() <= 2 * torch.finfo(x.dtype).eps * x.abs()
+            x = following
+            if settled.all():
+                break
+        return x, -self.to_z(x, *parameters)[1]
+
+    def by_component(self, choice: Tensor, noise: Tensor, *parameters: Tensor) -> Tensor:
+        """Draws of the same density without the inverse, as two draws: uniform in [0, 1), and from the component."""
+        weights, shift, log_scale = parameters
+        borders = weights.softmax(-1).cumsum(-1)
+        k = (choice.unsqueeze(-1) > borders).sum(-1, keepdim=True).clamp_max(weights.shape[-1] - 1)
+        return (shift.gather(-1, k) + log_scale.gather(-1, k).exp() * noise.unsqueeze(-1)).squeeze(-1)
 
 
 class Transform(nn.Module):
@@ -81,47 +181,37 @@ class Transform(nn.Module):
         raise NotImplementedError
 
 
-class AutoregressiveAffine(Transform):
-    r"""Affine autoregressive bijection whose conditioner reads the past of one of its two sides.
+class Autoregressive(Transform):
+    r"""Elementwise bijections whose parameters a conditioner computes from the past of one of its two sides.
 
-    .. math:: x_t = \mu_t + \sigma_t z_t, \quad z_t = (x_t - \mu_t) / \sigma_t, \quad \log|\det J| = \sum_t \log\sigma_t
+    .. math:: x_t = f(z_t; \theta_t), \qquad z_t = f^{-1}(x_t; \theta_t), \qquad
+              \log|\det J| = \sum_t \log f'(z_t; \theta_t)
 
-    With `reads="x"` it is a masked autoregressive flow (Papamakarios et al. 2017): mu_t, sigma_t = c(x_<t), density in
-    parallel. With `reads="z"` it is an inverse autoregressive flow (Kingma et al. 2016): mu_t, sigma_t = c(z_<t),
-    sampling in parallel. The other direction takes T steps and lives in `wavedistill.sampling`.
+    With `reads="x"` it is a masked autoregressive flow (Papamakarios et al. 2017): theta_t = c(x_<t), density in
+    parallel. With `reads="z"` it is an inverse autoregressive flow (Kingma et al. 2016): theta_t = c(z_<t), sampling in
+    parallel. The other direction takes T steps and lives in `wavedistill.sampling`.
 
     Raises:
         SequentialDirectionError: when the direction asked for is the sequential one.
     """
 
-    def __init__(self, conditioner: Conditioner, reads: Literal["x", "z"]) -> None:
+    def __init__(self, conditioner: Conditioner, reads: Literal["x", "z"], elementwise: Elementwise) -> None:
         super().__init__()
-        self.conditioner = conditioner
-        self.reads = reads
+        self.conditioner, self.reads, self.elementwise = conditioner, reads, elementwise
 
     def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         if self.reads == "x":
             raise SequentialDirectionError(
                 "x of a masked autoregressive flow is drawn step by step: wavedistill.sampling"
             )
-        return self.to_x(z, *self.conditioner(z, context))
+        return self.elementwise.to_x(z, *self.conditioner(z, context))
 
     def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         if self.reads == "z":
             raise SequentialDirectionError(
                 "z of an inverse autoregressive flow is found step by step: wavedistill.sampling"
             )
-        return self.to_z(x, *self.conditioner(x, context))
-
-    @staticmethod
-    def to_x(z: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """x and log|dx/dz| from parameters already in hand, any shape."""
-        return shift + log_scale.exp() * z, log_scale
-
-    @staticmethod
-    def to_z(x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """z and log|dz/dx| from parameters already in hand, any shape."""
-        return (x - shift) * (-log_scale).exp(), -log_scale
+        return self.elementwise.to_z(x, *self.conditioner(x, context))
 
 
 class Scale(Transform):
@@ -172,6 +262,39 @@ class Composition(Transform):
         return x, total
 
 
+class Conditionals(NamedTuple):
+    """The density of each x_t given what came before it: that of an elementwise function of base noise."""
+
+    base: Base
+    elementwise: Elementwise
+    parameters: Parameters
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log density of x (..., B, T), each step given the past of the sequence that the parameters come from."""
+        z, ladj = self.elementwise.to_z(x, *self.parameters)
+        return self.base.log_prob(z) + ladj
+
+    def noise(self, x: Tensor) -> Tensor:
+        """The base noise (..., B, T) that x is a draw of."""
+        return self.elementwise.to_z(x, *self.parameters)[0]
+
+    def rsample(self, noise: Tensor) -> Tensor:
+        """A draw of every step on its own from base noise (..., B, T)."""
+        return self.elementwise.to_x(noise, *self.parameters)[0]
+
+    @property
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Shift and log_scale (B, T).
+
+        Raises:
+            ValueError: if the function is not affine.
+        """
+        if not isinstance(self.elementwise, Affine):
+            raise ValueError("a mixture has no shift and log_scale of its own")
+        shift, log_scale = self.parameters
+        return shift, log_scale
+
+
 class FlowDistribution:
     r"""The density of x = f(z) where z is drawn from the base distribution.
 
@@ -204,6 +327,25 @@ class FlowDistribution:
         """
         x, ladj = self.transform(noise, self.context)
         return x, self.base.log_prob(noise) - ladj
+
+    def conditionals(self, x: Tensor) -> Conditionals:
+        """The density of each step of x (B, T) given the steps before it, for one masked autoregressive flow.
+
+        Raises:
+            SequentialDirectionError: for any other transform.
+        """
+        match list(self.transform.parts) if isinstance(self.transform, Composition) else []:
+            case [Autoregressive(reads="x") as flow]:
+                return Conditionals(self.base, flow.elementwise, flow.conditioner(x, self.context[0]))
+        raise SequentialDirectionError("only a single masked autoregressive flow has its conditionals at hand")
+
+    def rsample_and_conditionals(self, noise: Tensor) -> tuple[Tensor, Conditionals]:
+        """The sample x (B, T) of the noise (B, T), and the density of each x_t given the noise before t.
+
+        For affine flows only, whose composition is affine (see `Composition`).
+        """
+        x, log_scale = self.transform(noise, self.context)
+        return x, Conditionals(self.base, Affine(), (x - log_scale.exp() * noise, log_scale))
 
     def rsample_and_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The sample x (B, T) that the base noise (B, T) maps to, and its log density (B,)."""

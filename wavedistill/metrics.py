@@ -13,7 +13,7 @@ import torchaudio
 from pystoi import stoi
 from torch import Tensor
 
-from wavedistill.audio import LOG_MEL_FLOOR, mel_filters, pad_frames, rms_db, to_pcm16
+from wavedistill.audio import LOG_MEL_FLOOR, LogMel, mel_filters, pad_frames, rms_db, to_pcm16
 from wavedistill.config import Audio
 
 PESQ_SAMPLE_RATE = 16000
@@ -37,22 +37,71 @@ def flac_bits_per_sample(clips: Sequence[Tensor], sample_rate: int) -> float:
     return 8 * size / sum(len(clip) for clip in clips)
 
 
-def scores(reference: Tensor, synthesised: Tensor, sample_rate: int) -> dict[str, float | None]:
+def scores(reference: Tensor, synthesised: Tensor, settings: Audio) -> dict[str, float | None]:
     """Scores of synthesised against reference speech, (T,) each, in [-1, 1].
+
+    F0 and voicing of both are those of pYIN, which is not the tracker that conditions the models.
 
     Returns:
         `pesq_wb`, mean opinion score of wide-band PESQ, about 1 to 4.6; None where its package is missing or finds no
-        speech. `stoi`, intelligibility, 0 to 1. `lsd_db`, log-spectral distance. `level_difference_db`, RMS level of
-        the synthesis less that of the reference. `periodicity`, how far the voiced parts of the reference are periodic
-        in the synthesis: a whisper is near 0, the reference itself near 1.
+        speech. `stoi`, intelligibility, 0 to 1. `mcd_db`, mel-cepstral distortion. `lsd_db`, log-spectral distance.
+        `f0_rmse_cents`, where both are voiced. `vuv_f1`, F1 of being voiced. `periodicity_rmse`, of the probability of
+        being voiced. `periodicity`, how far the voiced parts of the reference are periodic in the synthesis: a whisper
+        is near 0, the reference itself near 1. `level_difference_db` and `tilt_difference_db`, RMS level and spectral
+        tilt of the synthesis less those of the reference.
     """
+    rate = settings.sample_rate
     return {
-        "pesq_wb": _pesq_wb(reference, synthesised, sample_rate),
-        "stoi": float(stoi(reference.numpy(), synthesised.numpy(), sample_rate)),
+        "pesq_wb": _pesq_wb(reference, synthesised, rate),
+        "stoi": float(stoi(reference.numpy(), synthesised.numpy(), rate)),
+        "mcd_db": mel_cepstral_distortion_db(reference, synthesised, settings),
         "lsd_db": log_spectral_distance_db(reference, synthesised),
+        **_voicing_scores(reference, synthesised, settings),
+        "periodicity": periodicity(reference, synthesised, rate),
         "level_difference_db": rms_db(synthesised) - rms_db(reference),
-        "periodicity": periodicity(reference, synthesised, sample_rate),
+        "tilt_difference_db": tilt_db(synthesised, rate) - tilt_db(reference, rate),
     }
+
+
+def f0_agreement(reference: Tensor, other: Tensor) -> dict[str, float | None]:
+    """F1 of being voiced, and RMS difference in cents where both are, of two F0 tracks (F,) in Hz, 0 where unvoiced.
+
+    Both are None where there is nothing to compare.
+    """
+    voiced, claimed = reference > 0, other > 0
+    both = voiced & claimed
+    cents = 1200 * (other[both] / reference[both]).log2()
+    total = int(voiced.sum() + claimed.sum())
+    return {
+        "f0_rmse_cents": float(cents.square().mean().sqrt()) if len(cents) else None,
+        "vuv_f1": 2 * int(both.sum()) / total if total else None,
+    }
+
+
+def tilt_db(audio: Tensor, sample_rate: int) -> float:
+    """Power of audio (T,) above 2 kHz relative to that below, in dB; at least -100."""
+    power = torch.fft.rfft(audio.double()).abs().square()
+    split = round(2000 / sample_rate * len(audio))
+    ratio = power[split:].sum() / power[1:split].sum().clamp_min(1e-20)
+    return float(10 * ratio.clamp_min(1e-10).log10())
+
+
+def mel_cepstral_distortion_db(reference: Tensor, synthesised: Tensor, settings: Audio) -> float:
+    r"""Mean over frames of the distance of mel-cepstra in dB, over the frames of speech in the reference.
+
+    .. math:: \frac{10}{\ln 10} \sqrt{2 \sum_{m=1}^{24} (c_m - c'_m)^2}, \qquad
+              c_m = \frac{2}{N} \sum_n \log M_n \cos\frac{\pi m (n + 1/2)}{N}
+
+    (Kubichek 1993), with the N mel amplitudes M of `LogMel`. It hears the envelope, neither the level nor the pitch.
+    Frames more than 40 dB below the loudest are not speech.
+    """
+    log_mel = LogMel(settings)
+    bands = settings.n_mels
+    cosines = torchaudio.functional.create_dct(min(25, bands), bands, norm=None)[:, 1:] / bands
+    mel_r, mel_s = (log_mel.of_file(audio[None].float())[0].T for audio in (reference, synthesised))
+    loudness = mel_r.exp().square().sum(1)
+    distance = ((mel_r - mel_s) @ cosines).square().sum(1).mul(2).sqrt() * (10 / math.log(10))
+    return float(distance[loudness > loudness.max() * 1e-4].mean())
 
 
 def pesq_available() -> bool:
@@ -105,6 +154,23 @@ def griffin_lim(log_mel: Tensor, settings: Audio, iterations: int = 60) -> Tenso
     )
     start, length = settings.hop_length // 2, log_mel.shape[1] * settings.hop_length
     return torch.from_numpy(audio[start : start + length].astype(np.float32))
+
+
+def _voicing_scores(reference: Tensor, synthesised: Tensor, settings: Audio) -> dict[str, float | None]:
+    tracks, probabilities = [], []
+    for audio in (reference, synthesised):
+        f0, voiced, probability = librosa.pyin(
+            audio.numpy(),
+            fmin=settings.f0_min,
+            fmax=settings.f0_max,
+            sr=settings.sample_rate,
+            frame_length=settings.sample_rate // 16,
+            hop_length=settings.sample_rate // 100,
+        )
+        tracks.append(torch.from_numpy(np.where(voiced, f0, 0)))
+        probabilities.append(torch.from_numpy(probability))
+    difference = probabilities[0] - probabilities[1]
+    return {**f0_agreement(*tracks), "periodicity_rmse": float(difference.square().mean().sqrt())}
 
 
 def _pesq_wb(reference: Tensor, synthesised: Tensor, sample_rate: int) -> float | None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,45 +10,59 @@ from torch import Tensor, nn
 from wavedistill.config import Recipe, Student, Teacher
 from wavedistill.flows import (
     BASES,
-    AutoregressiveAffine,
+    Affine,
+    Autoregressive,
     Base,
     Composition,
     Context,
     FlowDistribution,
+    MixtureCdf,
+    Parameters,
     Scale,
     Transform,
 )
 from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel
+from wavedistill.pitch import PITCH_CHANNELS, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
 from wavedistill.wavenet import MelEncoder, WaveNet, WaveNetState
 
 
-class AffineWaveNet(nn.Module):
-    r"""A WaveNet whose two outputs are the shift and the log_scale of an affine transform.
+class ConditionerNetwork(nn.Module):
+    r"""A WaveNet whose outputs are the parameters of an elementwise bijection: of an affine one, or of a mixture.
 
-    The log-scale is bounded below by a softplus, whose gradient never vanishes:
+    Every log-scale is bounded below by a softplus, whose gradient never vanishes:
     :math:`\log\sigma = b + softplus(r - b)`, which is r where r is well above the bound b.
+
+    Args:
+        wavenet: with 2 outputs for an affine bijection, 3 K for a mixture of K components.
+        min_log_scale: the bound b.
     """
 
     def __init__(self, wavenet: WaveNet, min_log_scale: float) -> None:
         super().__init__()
         self.wavenet, self.min_log_scale = wavenet, min_log_scale
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Shift and log_scale (B, T) at every t, from x (B, T) before t."""
-        return self._affine(self.wavenet(x, context))
+    def forward(self, x: Tensor, context: tuple[Tensor | None, ...] = ()) -> Parameters:
+        """The parameters at every t, from x (B, T) before t; the context is what `WaveNet` takes."""
+        return self._split(self.wavenet(x, *context))
 
-    def initial_state(self, batch_size: int, context: Tensor | None = None) -> WaveNetState:
+    def initial_state(self, batch_size: int, context: tuple[Tensor | None, ...] = ()) -> WaveNetState:
         """The state before the first `step`."""
-        return self.wavenet.initial_state(batch_size, context)
+        return self.wavenet.initial_state(batch_size, *context)
 
-    def step(self, previous: Tensor, state: WaveNetState) -> tuple[Tensor, Tensor, WaveNetState]:
-        """Shift and log_scale (B,) at the next t, from x_{t-1} (B,)."""
+    def step(self, previous: Tensor, state: WaveNetState) -> tuple[Parameters, WaveNetState]:
+        """The parameters at the next t, from x_{t-1} (B,)."""
         out, state = self.wavenet.step(previous, state)
-        return *self._affine(out), state
+        return self._split(out), state
 
-    def _affine(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = out.unbind(-1)
-        return shift, self.min_log_scale + F.softplus(raw - self.min_log_scale)
+    def _split(self, out: Tensor) -> Parameters:
+        if out.shape[-1] == 2:
+            shift, raw = out.unbind(-1)
+            return shift, self._log_scale(raw)
+        weights, shift, raw = out.chunk(3, -1)
+        return weights, shift, self._log_scale(raw)
+
+    def _log_scale(self, raw: Tensor) -> Tensor:
+        return self.min_log_scale + F.softplus(raw - self.min_log_scale)
 
 
 class WaveformModel(nn.Module):
@@ -59,36 +72,44 @@ class WaveformModel(nn.Module):
     prediction, or a fixed scale. Teacher and student share it, so that their KL is that of their residuals' densities.
 
     Args:
-        encoder: log-mel -> conditioning features.
+        encoder: log-mel and F0 -> conditioning features.
         flows: the bijection between noise and residual.
         shared: the bijection between residual and waveform.
         envelope: log-mel -> the context of linear prediction, or None where `shared` needs none.
         base: the distribution of the noise.
         margin: frames of log-mel needed on either side, the context of the conditioning.
+        pitch: log-mel -> F0, for log-mels that come without; None where the model is not conditioned on F0.
+        source: F0 -> the signals that the flows' conditioners read beside the past, or None for none.
     """
 
     def __init__(
         self,
         encoder: MelEncoder,
-        flows: Iterable[AutoregressiveAffine],
+        flows: Iterable[Autoregressive],
         shared: Transform,
         envelope: LinearPredictionFromMel | None,
         base: Base,
         margin: int,
+        pitch: PitchPredictor | None = None,
+        source: PeriodicSource | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.envelope, self.base, self.margin = encoder, envelope, base, margin
         self.flows, self.shared = Composition(flows), shared
+        self.pitch, self.source = pitch, source
 
-    def forward(self, mel: Tensor) -> FlowDistribution:
-        """The density of waveforms (B, F * hop_length) given log-mel (B, n_mels, F + 2 context)."""
-        residual = self.residual(mel)
+    def forward(self, mel: Tensor, f0: Tensor | None = None) -> FlowDistribution:
+        """The density of waveforms (B, F * hop_length) given log-mel (B, n_mels, F + 2 context) and F0 in Hz.
+
+        A model that is conditioned on F0 predicts it from the log-mel where it is not given; others ignore it.
+        """
+        residual = self.residual(mel, f0)
         transform = Composition([self.flows, self.shared])
         return FlowDistribution(transform, self.base, [residual.context, self.shared_context(mel)])
 
-    def residual(self, mel: Tensor) -> FlowDistribution:
-        """The density of residuals (B, F * hop_length) given log-mel (B, n_mels, F + 2 context)."""
-        return FlowDistribution(self.flows, self.base, [self.encoder(mel)] * len(self.flows.parts))
+    def residual(self, mel: Tensor, f0: Tensor | None = None) -> FlowDistribution:
+        """The density of residuals (B, F * hop_length), with the conditioning as in `forward`."""
+        return FlowDistribution(self.flows, self.base, [self._context(mel, f0)] * len(self.flows.parts))
 
     def shared_context(self, mel: Tensor) -> Context:
         """What the last transform is conditioned on, for the middle F frames of log-mel (B, n_mels, F + 2 context)."""
@@ -103,6 +124,14 @@ class WaveformModel(nn.Module):
         cut = audio.shape[1] // mel.shape[-1] * self.margin
         return residual[:, cut : audio.shape[1] - cut], ladj[:, cut : audio.shape[1] - cut]
 
+    def _context(self, mel: Tensor, f0: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Features and source, as every conditioner takes them."""
+        if self.pitch is None:
+            return (self.encoder(mel),)
+        f0 = self.pitch(mel) if f0 is None else f0
+        source = None if self.source is None else self.source(f0[:, self.margin - 1 : f0.shape[1] - self.margin + 1])[0]
+        return self.encoder(mel, self.pitch.features(f0)), source
+
     def _envelope(self, mel: Tensor) -> Context:
         return None if self.envelope is None else self.envelope(mel)
 
@@ -110,13 +139,30 @@ class WaveformModel(nn.Module):
 def teacher(recipe: Recipe) -> WaveformModel:
     """The autoregressive teacher of a recipe: a masked autoregressive flow, then linear prediction."""
     settings = recipe.teacher
-    return _model(recipe, settings.base, [_flow(recipe, settings, settings.layers, "x")])
+    base, components = BASES[settings.base], settings.components
+    if components == 1:
+        network = _network(recipe, settings, settings.layers, outputs=2)
+        _start_at_unit_variance(network, base)
+        return _model(recipe, base, [Autoregressive(network, "x", Affine())], source=False)
+    network = _network(recipe, settings, settings.layers, outputs=3 * components)
+    with torch.no_grad():
+        _, shift, log_scale = network.wavenet.head.bias.chunk(3)
+        # Apart, so that they can go their own ways, and together of unit variance.
+        shift.copy_(torch.linspace(-0.5, 0.5, components))
+        log_scale.fill_(0.5 * math.log(1 - shift.square().mean()) - math.log(base.std))
+    return _model(recipe, BASES["logistic"], [Autoregressive(network, "x", MixtureCdf(base))], source=False)
 
 
 def student(recipe: Recipe) -> WaveformModel:
     """The parallel student of a recipe: K inverse autoregressive flows, then linear prediction."""
     settings = recipe.student
-    return _model(recipe, settings.base, [_flow(recipe, settings, layers, "z") for layers in settings.flow_layers])
+    networks = [
+        _network(recipe, settings, layers, outputs=2, source=settings.periodic_source)
+        for layers in settings.flow_layers
+    ]
+    _start_at_unit_variance(networks[-1], BASES[settings.base])
+    flows = [Autoregressive(network, "z", Affine()) for network in networks]
+    return _model(recipe, BASES[settings.base], flows, source=settings.periodic_source)
 
 
 def build(kind: str, recipe: Recipe, seed: int) -> WaveformModel:
@@ -126,32 +172,52 @@ def build(kind: str, recipe: Recipe, seed: int) -> WaveformModel:
         return {"teacher": teacher, "student": student}[kind](recipe)
 
 
-def _model(recipe: Recipe, base: str, flows: list[AutoregressiveAffine]) -> WaveformModel:
+def compile_networks(model: WaveformModel) -> None:
+    """Compile the conditioners of a model in place, for training; its weights and their names stay the same."""
+    for module in model.modules():
+        if isinstance(module, WaveNet):
+            module.compile(dynamic=False)
+
+
+def _model(recipe: Recipe, base: Base, flows: list[Autoregressive], *, source: bool) -> WaveformModel:
     conditioning, order = recipe.conditioning, recipe.linear_prediction.order
     # `prepare` brings every recording to this level: without linear prediction, the start is noise as loud as the data.
     scale = 10 ** (recipe.audio.level_db / 20)
-    # What the flows give before the first step has unit variance, whatever the base.
-    with torch.no_grad():
-        flows[-1].conditioner.wavenet.head.bias[1] = -math.log(BASES[base].std)  # type: ignore[attr-defined]
     return WaveformModel(
-        MelEncoder(recipe.audio.n_mels, conditioning.channels, conditioning.context, conditioning.upsample),
+        MelEncoder(
+            recipe.audio.n_mels,
+            conditioning.channels,
+            conditioning.context,
+            conditioning.upsample,
+            others=PITCH_CHANNELS if conditioning.pitch else 0,
+        ),
         flows,
         LinearPrediction(recipe.audio.hop_length) if order else Scale(scale),
         LinearPredictionFromMel(recipe.audio, order) if order else None,
-        BASES[base],
+        base,
         conditioning.context,
+        PitchPredictor(recipe.audio) if conditioning.pitch else None,
+        PeriodicSource(recipe.audio) if source else None,
     )
 
 
-def _flow(recipe: Recipe, settings: Teacher | Student, layers: int, reads: Literal["x", "z"]) -> AutoregressiveAffine:
+def _start_at_unit_variance(network: ConditionerNetwork, base: Base) -> None:
+    with torch.no_grad():
+        network.wavenet.head.bias[1] = -math.log(base.std)
+
+
+def _network(
+    recipe: Recipe, settings: Teacher | Student, layers: int, *, outputs: int, source: bool = False
+) -> ConditionerNetwork:
     wavenet = WaveNet(
         layers=layers,
         dilation_cycle=settings.network.dilation_cycle,
         kernel_size=settings.network.kernel_size,
         channels=settings.network.channels,
         skip_channels=settings.network.skip_channels,
-        out_channels=2,
+        out_channels=outputs,
         feature_channels=recipe.conditioning.channels,
         repeat=recipe.conditioning.upsample[-1],
+        source_channels=SOURCE_CHANNELS if source else 0,
     )
-    return AutoregressiveAffine(AffineWaveNet(wavenet, settings.min_log_scale), reads)
+    return ConditionerNetwork(wavenet, settings.min_log_scale)

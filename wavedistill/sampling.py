@@ -9,15 +9,19 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from wavedistill.flows import AutoregressiveAffine, Composition, Context, FlowDistribution, Transform
-from wavedistill.models import AffineWaveNet
+from wavedistill.flows import Autoregressive, Composition, Context, FlowDistribution, Parameters, Transform
+from wavedistill.models import ConditionerNetwork
 from wavedistill.progress import progress
 
-Solver = Callable[[AutoregressiveAffine, Tensor, Tensor | None, str | None], Tensor]
+Solver = Callable[[Autoregressive, Tensor, tuple[Tensor | None, ...], str | None], Tensor]
 
 
 def naive(
-    flow: AutoregressiveAffine, given: Tensor, context: Tensor | None, label: str | None = None, start: int = 0
+    flow: Autoregressive,
+    given: Tensor,
+    context: tuple[Tensor | None, ...],
+    label: str | None = None,
+    start: int = 0,
 ) -> Tensor:
     """The sequential direction of one flow, by running the network over its receptive field again for every sample.
 
@@ -26,7 +30,7 @@ def naive(
     Args:
         flow: the autoregressive flow.
         given: the known side (B, T).
-        context: conditioning features (B, F', C), or None.
+        context: conditioning features (B, F', C) and source (B, T, S), as the network takes them.
         label: of a progress bar, or None for none.
         start: the first position computed, after zeros; lets the cost be timed where it no longer grows.
 
@@ -38,13 +42,14 @@ def naive(
     for t in _steps(start, given.shape[1], label):
         # A window that starts on a feature boundary and holds at least the receptive field, and t itself.
         first = max(0, t - wavenet.receptive_field) // wavenet.repeat
-        window = None if context is None else context[:, first:]
-        shift, log_scale = flow.conditioner(out[:, first * wavenet.repeat : t + 1], window)
-        out[:, t] = _solve(flow, given[:, t], shift[:, -1], log_scale[:, -1])
+        starts = (first, first * wavenet.repeat)
+        window = tuple(part if part is None else part[:, begin:] for part, begin in zip(context, starts, strict=False))
+        parameters = flow.conditioner(out[:, starts[1] : t + 1], window)
+        out[:, t] = _solve(flow, given[:, t], tuple(parameter[:, -1] for parameter in parameters))
     return out
 
 
-def cached(flow: AutoregressiveAffine, given: Tensor, context: Tensor | None, label: str | None = None) -> Tensor:
+def cached(flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None) -> Tensor:
     """The sequential direction of one flow, one network step a sample with ring buffers; arguments as in `naive`."""
     conditioner = conditioner_of(flow)
     state = conditioner.initial_state(len(given), context)
@@ -52,8 +57,8 @@ def cached(flow: AutoregressiveAffine, given: Tensor, context: Tensor | None, la
     out = torch.empty_like(given_steps)
     previous = torch.zeros_like(given_steps[0])
     for t in _steps(0, len(given_steps), label):
-        shift, log_scale, state = conditioner.step(previous, state)
-        previous = out[t] = _solve(flow, given_steps[t], shift, log_scale)
+        parameters, state = conditioner.step(previous, state)
+        previous = out[t] = _solve(flow, given_steps[t], parameters)
     return out.t()
 
 
@@ -65,7 +70,7 @@ def sample(distribution: FlowDistribution, noise: Tensor, solver: Solver = cache
     """
     x = noise
     for part, context in _flat(distribution.transform, distribution.context):
-        if isinstance(part, AutoregressiveAffine) and part.reads == "x":
+        if isinstance(part, Autoregressive) and part.reads == "x":
             x = solver(part, x, context, label)
         else:
             x, _ = part(x, context)
@@ -77,7 +82,7 @@ def invert(distribution: FlowDistribution, x: Tensor, solver: Solver = cached) -
     """The noise z (B, T) of a waveform x (B, T) and the per-step log density (B, T) of x, for a flow of any kind."""
     log_prob = torch.zeros_like(x)
     for part, context in reversed(_flat(distribution.transform, distribution.context)):
-        if isinstance(part, AutoregressiveAffine) and part.reads == "z":
+        if isinstance(part, Autoregressive) and part.reads == "z":
             z = solver(part, x, context, None)
             _, ladj = part(z, context)
             x, log_prob = z, log_prob - ladj
@@ -94,19 +99,19 @@ def _flat(transform: Transform, context: Context) -> list[tuple[Transform, Conte
     return [simple for part, own in transform.conditioned(context) for simple in _flat(part, own)]
 
 
-def conditioner_of(flow: AutoregressiveAffine) -> AffineWaveNet:
+def conditioner_of(flow: Autoregressive) -> ConditionerNetwork:
     """The network of a flow, which can be evaluated step by step.
 
     Raises:
         TypeError: if the flow has another kind of conditioner.
     """
-    if not isinstance(flow.conditioner, AffineWaveNet):
-        raise TypeError(f"sequential sampling steps an AffineWaveNet, not a {type(flow.conditioner).__name__}")
+    if not isinstance(flow.conditioner, ConditionerNetwork):
+        raise TypeError(f"sequential sampling steps a ConditionerNetwork, not a {type(flow.conditioner).__name__}")
     return flow.conditioner
 
 
-def _solve(flow: AutoregressiveAffine, given: Tensor, shift: Tensor, log_scale: Tensor) -> Tensor:
-    return (flow.to_x if flow.reads == "x" else flow.to_z)(given, shift, log_scale)[0]
+def _solve(flow: Autoregressive, given: Tensor, parameters: Parameters) -> Tensor:
+    return (flow.elementwise.to_x if flow.reads == "x" else flow.elementwise.to_z)(given, *parameters)[0]
 
 
 def _steps(start: int, stop: int, label: str | None) -> Iterable[int]:

@@ -20,7 +20,7 @@ from wavedistill.checkpoint import Kind
 from wavedistill.config import Recipe, Training
 from wavedistill.data import Batch, Manifest, Segments, random_stream
 from wavedistill.errors import TrainingError
-from wavedistill.models import WaveformModel, build
+from wavedistill.models import WaveformModel, build, compile_networks
 from wavedistill.progress import note, progress
 
 LOG_EVERY = 20
@@ -38,14 +38,14 @@ class Task(NamedTuple):
         settings: of the optimisation.
         terms: the named scalar terms of the loss of a model for a batch; all randomness comes from the generator.
         weights: of the terms in the objective.
-        sample: draws audio (B, T) from a model and a log-mel, for the log.
+        sample: draws audio (B, T) from a model, with the conditioning of a batch, for the log.
     """
 
     kind: Kind
     settings: Training
     terms: Callable[[WaveformModel, Batch, torch.Generator], Mapping[str, Tensor]]
     weights: Mapping[str, float]
-    sample: Callable[[WaveformModel, Tensor], Tensor]
+    sample: Callable[[WaveformModel, Batch], Tensor]
 
 
 class Outcome(NamedTuple):
@@ -91,6 +91,8 @@ def fit(
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
     state = State(model, average, optimizer, fingerprint)
     state.restore(folder, settings.steps)
+    if settings.compile:
+        compile_networks(model)
     started, first_step = time.monotonic(), state.step
 
     def validate() -> None:
@@ -181,7 +183,7 @@ class _Batches:
     def preview(self, model: WaveformModel, writer: SummaryWriter, step: int) -> None:
         """Log audio and log-mel of one validation segment, as recorded and as the model draws it."""
         batch = self.valid.draw(1, random_stream(self.recipe.seed, VALID, 0))
-        for name, wave in (("recorded", batch.audio), ("drawn", self.task.sample(model, batch.mel))):
+        for name, wave in (("recorded", batch.audio), ("drawn", self.task.sample(model, batch))):
             writer.add_audio(name, wave[0].clamp(-1, 1), step, self.recipe.audio.sample_rate)
             picture = self.valid.log_mel.of_file(wave)[0].flip(0) / -LOG_MEL_FLOOR + 1
             writer.add_image(f"log-mel {name}", picture.clamp(0, 1), step, dataformats="HW")
@@ -244,6 +246,11 @@ def _require_finite(values: Mapping[str, float], task: Task, step: int, folder: 
 def objective(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """The weighted sum of named terms."""
     return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+
+
+def pitch_term(model: WaveformModel, batch: Batch) -> dict[str, Tensor]:
+    """The loss of a model's own predictor of F0, where it has one; it shares no weights with the rest."""
+    return {} if model.pitch is None else {"pitch": model.pitch.loss(batch.mel, batch.f0)}
 
 
 def learning_rate(settings: Training, step: int) -> float:

@@ -24,17 +24,20 @@ class MelEncoder(nn.Module):
         channels: width of the features.
         context: frames seen on either side.
         upsample: factors whose product is the hop length; the last one is left to `WaveNet`.
+        others: channels beside the log-mel, of order one.
     """
 
-    def __init__(self, n_mels: int, channels: int, context: int, upsample: tuple[int, ...]) -> None:
+    def __init__(self, n_mels: int, channels: int, context: int, upsample: tuple[int, ...], others: int = 0) -> None:
         super().__init__()
-        self.frames = nn.Conv1d(n_mels, channels, 2 * context + 1)
+        self.frames = nn.Conv1d(n_mels + others, channels, 2 * context + 1)
         self.upsample = nn.ModuleList(nn.Linear(channels, scale * channels) for scale in upsample[:-1])
 
-    def forward(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, n_mels, F + 2 context) -> features (B, F * prod(upsample[:-1]), channels)."""
+    def forward(self, mel: Tensor, others: Tensor | None = None) -> Tensor:
+        """Log-mel (B, n_mels, F + 2 context) and others -> features (B, F * prod(upsample[:-1]), channels)."""
         # Speech log-mel lies in about [-11.5, 2]: bring it near [-2, 2].
-        features = F.leaky_relu(self.frames((mel + 5) / 3), 0.2).transpose(1, 2)  # (B, F, C)
+        frames = (mel + 5) / 3
+        frames = frames if others is None else torch.cat([frames, others], 1)
+        features = F.leaky_relu(self.frames(frames), 0.2).transpose(1, 2)  # (B, F, C)
         for stage in self.upsample:
             scaled = F.leaky_relu(stage(features), 0.2)  # (B, F, scale * C)
             features = scaled.view(len(features), -1, features.shape[-1])  # (B, F * scale, C)
@@ -48,11 +51,13 @@ class WaveNetState:
     Attributes:
         history: per layer (dilation * (kernel_size - 1), B, channels); zero at the start, as training pads.
         context: (F', layers, B, 2 channels) projected conditioning, or None without conditioning.
+        source: (T, B, source_channels) inputs beside the past, or None.
         time: the index t of the step that comes next.
     """
 
     history: list[Tensor]
     context: Tensor | None
+    source: Tensor | None
     time: int = 0
 
 
@@ -76,6 +81,7 @@ class WaveNet(nn.Module):
         out_channels: outputs a step.
         feature_channels: width of the conditioning features, or None for an unconditional network.
         repeat: samples that share one conditioning feature.
+        source_channels: inputs at t that the network sees beside the past; functions of the conditioning.
     """
 
     def __init__(
@@ -89,11 +95,12 @@ class WaveNet(nn.Module):
         out_channels: int,
         feature_channels: int | None = None,
         repeat: int = 1,
+        source_channels: int = 0,
     ) -> None:
         super().__init__()
         self.dilations = [2 ** (i % dilation_cycle) for i in range(layers)]
         self.kernel_size, self.channels, self.skip_channels, self.repeat = kernel_size, channels, skip_channels, repeat
-        self.input = nn.Linear(1, channels)
+        self.input = nn.Linear(1 + source_channels, channels)
         self.gates = nn.ModuleList(nn.Linear(kernel_size * channels, 2 * channels) for _ in range(layers))
         # Nothing follows the last layer's residual path, so it has none.
         self.outputs = nn.ModuleList(
@@ -110,12 +117,22 @@ class WaveNet(nn.Module):
         """How many input values before t the output at t can see."""
         return 1 + (self.kernel_size - 1) * sum(self.dilations)
 
-    def forward(self, x: Tensor, features: Tensor | None = None) -> Tensor:
-        """Outputs (B, T, out_channels) for every t of x (B, T), given features (B, at least T / repeat, channels)."""
+    def forward(self, x: Tensor, features: Tensor | None = None, source: Tensor | None = None) -> Tensor:
+        """Outputs (B, T, out_channels) for every t of x (B, T).
+
+        Args:
+            x: the signal whose past is read.
+            features: (B, at least T / repeat, feature_channels), or None for an unconditional network.
+            source: (B, at least T, source_channels), or None where these are 0.
+        """
         length = x.shape[1]
         padded = math.ceil(length / self.repeat) * self.repeat
         past = F.pad(x, (1, padded - length - 1))  # the causal shift: position t holds x_{t-1}
-        h = self.input(past.t().unsqueeze(-1))  # (B, T) -> (T, B, C)
+        inputs = past.t().unsqueeze(-1)  # (B, T) -> (T, B, 1)
+        if source is not None:
+            beside = F.pad(source[:, :length], (0, 0, 0, padded - length))
+            inputs = torch.cat([inputs, beside.transpose(0, 1)], -1)
+        h = self.input(inputs)  # (T, B, C)
         context = self._project(features)
         skip = h.new_zeros(())
         for i, dilation in enumerate(self.dilations):
@@ -127,20 +144,26 @@ class WaveNet(nn.Module):
             h, skip = self._layer(i, y, h, skip)
         return self._head(skip)[:length].transpose(0, 1)  # (T, B, out) -> (B, T, out)
 
-    def initial_state(self, batch_size: int, features: Tensor | None = None) -> WaveNetState:
-        """A preallocated state before the first step, for features (B, F', channels)."""
+    def initial_state(
+        self, batch_size: int, features: Tensor | None = None, source: Tensor | None = None
+    ) -> WaveNetState:
+        """A preallocated state before the first step, for features (B, F', C) and source (B, T, source_channels)."""
         return WaveNetState(
             history=[
                 self.input.weight.new_zeros((self.kernel_size - 1) * dilation, batch_size, self.channels)
                 for dilation in self.dilations
             ],
             context=self._project(features),
+            source=None if source is None else source.transpose(0, 1).contiguous(),
         )
 
     def step(self, previous: Tensor, state: WaveNetState) -> tuple[Tensor, WaveNetState]:
         """Outputs (B, out_channels) at t = state.time from x_{t-1} (B,), zero at t = 0; updates the state in place."""
         time = state.time
-        h = torch.addmm(self.input.bias, previous.unsqueeze(-1), self.input.weight.t())  # (B, C)
+        inputs = previous.unsqueeze(-1)
+        if state.source is not None:
+            inputs = torch.cat([inputs, state.source[time]], -1)
+        h = torch.addmm(self.input.bias, inputs, self.input.weight.t())  # (B, C)
         context = None if state.context is None else state.context[time // self.repeat]
         skip = h.new_zeros(())
         for i, dilation in enumerate(self.dilations):

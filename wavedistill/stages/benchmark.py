@@ -21,7 +21,7 @@ from wavedistill.audio import LogMel, pad_frames
 from wavedistill.checkpoint import Kind
 from wavedistill.data import random_stream, read_samples
 from wavedistill.experiment import Experiment, Stage, write_json
-from wavedistill.flows import AutoregressiveAffine
+from wavedistill.flows import Autoregressive
 from wavedistill.progress import progress
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "benchmark"}
@@ -128,7 +128,7 @@ def _sampler(experiment: Experiment, job: Job) -> Callable[[], Tensor]:
     solver: sampling.Solver = sampling.cached
     if job.sampler == "naive":
         ((flow, _),) = model.flows.conditioned(None)
-        assert isinstance(flow, AutoregressiveAffine)
+        assert isinstance(flow, Autoregressive)
         past = sampling.conditioner_of(flow).wavenet.receptive_field
         solver, length = functools.partial(sampling.naive, start=past), past + length
     frames = -(-length // recipe.audio.hop_length)
@@ -160,10 +160,6 @@ def _peak(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def _checkpoints(experiment: Experiment) -> list[Path]:
-    return [experiment.checkpoint("teacher"), experiment.checkpoint("student")]
-
-
 stage = Stage(
     name="benchmark",
     summary=__doc__,
@@ -173,7 +169,7 @@ stage = Stage(
         {k: v for k, v in machine(experiment.device).items() if k != "date"},
         str(experiment.device),
     ],
-    inputs=lambda experiment: [experiment.manifest, *_checkpoints(experiment)],
+    inputs=lambda experiment: [experiment.manifest, *experiment.checkpoints],
     outputs=lambda experiment: [experiment.benchmark],
     run=run,
 )

@@ -2,23 +2,22 @@
 
 import math
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wavedistill import audio, metrics
-from wavedistill.config import Recipe
-from wavedistill.data import Utterance, dequantise, random_stream, read_samples
+from wavedistill.config import Gates, Recipe
+from wavedistill.data import Utterance, dequantise, random_stream, read_f0, read_samples
 from wavedistill.experiment import Experiment, Stage, write_json
-from wavedistill.flows import FlowDistribution, Scale, StandardNormal
+from wavedistill.flows import Composition, FlowDistribution, Scale, StandardNormal
 from wavedistill.losses import monte_carlo_kl, negative_log_likelihood
 from wavedistill.models import WaveformModel, build
 from wavedistill.progress import note, progress
 from wavedistill.sampling import sample
 
-READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "evaluate"}
+READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "evaluate", "gates"}
 DEQUANTISE, DRAW, SYNTHESISE = 10, 11, 12
 """Purposes of random streams."""
 
@@ -30,14 +29,49 @@ def run(experiment: Experiment) -> str:
     test = experiment.corpus().of("test")
     density = densities(experiment, teacher, student, test)
     synthesis = synthesise(experiment, teacher, student, test[: recipe.evaluate.clips])
-    write_json(experiment.metrics, {"density": density, "synthesis": synthesis})
-    student_scores = ", ".join(
-        f"{name} {value:.2f}" for name, value in synthesis["student"].items() if isinstance(value, float)
-    )
+    found = gates(synthesis["student"], synthesis["recorded"], recipe.gates)
+    result: dict[str, Any] = {"density": density, "synthesis": synthesis, "gates": found}
+    if student.pitch is not None:
+        result["pitch_from_mel"] = pitch_from_mel(experiment, student, test)
+    write_json(experiment.metrics, result)
+    shown = ("pesq_wb", "stoi", "vuv_f1")
+    scores = ", ".join(f"{name} {value:.2f}" for name in shown if (value := synthesis["student"][name]) is not None)
+    failed = [
+        f"{name} {'not measurable' if gate['value'] is None else format(gate['value'], '.2f')} ({gate['threshold']:g})"
+        for name, gate in found.items()
+        if not gate["passed"]
+    ]
+    for gate in failed:
+        note(f"evaluate: the student fails the gate {gate}")
     return (
         f"teacher {density['teacher_nll_nats_per_sample']:.3f} nats/sample, "
-        f"student KL {density['student_kl_nats_per_sample']:.3f}, {student_scores}: {experiment.metrics}"
+        f"student KL {density['student_kl_nats_per_sample']:.3f}, {scores}, "
+        f"{'gates FAILED: ' + ', '.join(failed) if failed else 'all gates passed'}: {experiment.metrics}"
     )
+
+
+def gates(
+    student: dict[str, float | None], recorded: dict[str, float | None], thresholds: Gates
+) -> dict[str, dict[str, Any]]:
+    """What the student's speech must not fall short of: the value, its threshold, and whether it passed.
+
+    `level_db` and `tilt_db` are magnitudes with a largest value; `vuv_f1`, and `periodicity` as a share of the
+    recordings' own, have a least one. What could not be measured, for instance in silence, has not passed.
+    """
+
+    def magnitude(name: str) -> float | None:
+        return None if (value := student[name]) is None else abs(value)
+
+    own, given = student["periodicity"], recorded["periodicity"]
+    share = own / given if own is not None and given else None
+    least = {"vuv_f1": student["vuv_f1"], "periodicity": share}
+    most = {"level_db": magnitude("level_difference_db"), "tilt_db": magnitude("tilt_difference_db")}
+    found = {}
+    for name, value in {**most, **least}.items():
+        threshold = getattr(thresholds, name)
+        passed = value is not None and (value <= threshold if name in most else value >= threshold)
+        found[name] = {"value": value, "threshold": threshold, "passed": passed}
+    return found
 
 
 @torch.no_grad()
@@ -46,7 +80,10 @@ def densities(
 ) -> dict[str, Any]:
     """Likelihood and KL on the test split, of the trained models and of the same models before training.
 
-    Before training, linear prediction is already there; `level_gaussian_nll_nats_per_sample` is the start without it.
+    Before training, linear prediction is already there, so that `teacher_nll_before_training` is that of a Gaussian
+    with the filters of linear prediction; `level_gaussian_nll_nats_per_sample` is the start without them.
+    `teacher_nll_shuffled_conditioning` gives the network the log-mel and F0 of another utterance, but linear prediction
+    its own: a network that ignores its conditioning would not notice.
 
     The likelihood is of 16-bit audio after the recipe's level normalisation and with uniform dequantisation noise. The
     KL's standard error is over utterances, each a mean over its draws.
@@ -59,36 +96,44 @@ def densities(
     # What is known before any model: independent Gaussian samples at the recipe's level.
     level_gaussian = FlowDistribution(Scale(10 ** (recipe.audio.level_db / 20)).to(device), StandardNormal())
     clips = [read_samples(experiment.audio, utterance) for utterance in test]
-    nll: list[float] = []
-    nll_before: list[float] = []
-    nll_of_level: list[float] = []
-    kl: list[float] = []
-    kl_before: list[float] = []
+    mels = [log_mel.of_file(clip[None].to(device), recipe.conditioning.context) for clip in clips]
+    f0s = [_f0(experiment, utterance) for utterance in test]
+    values: dict[str, list[float]] = {}
     for i, clip in enumerate(progress(iterable=clips, desc="densities", unit="clip")):
-        x = clip[None].to(device)
-        mel = log_mel.of_file(x, recipe.conditioning.context)
-        noisy = dequantise(x, random_stream(recipe.seed, DEQUANTISE, i))
-        nll.append(negative_log_likelihood(teacher(mel), noisy).item())
-        nll_before.append(negative_log_likelihood(untrained_teacher(mel), noisy).item())
-        nll_of_level.append(negative_log_likelihood(level_gaussian, noisy).item())
-        for model, values, draws in ((student, kl, recipe.evaluate.kl_draws), (untrained_student, kl_before, 1)):
-            noise = model.base.noise((draws, x.shape[1]), random_stream(recipe.seed, DRAW, i)).to(device)
-            estimates = [monte_carlo_kl(model(mel), teacher(mel), draw[None])[0].item() for draw in noise]
-            values.append(sum(estimates) / draws)
+        mel, f0 = mels[i], f0s[i]
+        noisy = dequantise(clip[None].to(device), random_stream(recipe.seed, DEQUANTISE, i))
+        repeats = -(-mel.shape[-1] // mels[i - 1].shape[-1])
+        other_mel, other_f0 = mels[i - 1].repeat(1, 1, repeats), f0s[i - 1].repeat(1, repeats)
+        other = teacher.residual(other_mel[..., : mel.shape[-1]], other_f0[:, : mel.shape[-1]])
+        shuffled = FlowDistribution(
+            Composition([teacher.flows, teacher.shared]), teacher.base, [other.context, teacher.shared_context(mel)]
+        )
+        for name, density in {
+            "teacher_nll_nats_per_sample": teacher(mel, f0),
+            "teacher_nll_before_training": untrained_teacher(mel, f0),
+            "teacher_nll_shuffled_conditioning": shuffled,
+            "level_gaussian_nll_nats_per_sample": level_gaussian,
+        }.items():
+            values.setdefault(name, []).append(negative_log_likelihood(density, noisy).item())
+        p = teacher.residual(mel, f0)  # under their common last transform, the KL is the same
+        for name, model, draws in (
+            ("student_kl_nats_per_sample", student, recipe.evaluate.kl_draws),
+            ("student_kl_before_training", untrained_student, 1),
+        ):
+            noise = model.base.noise((draws, len(clip)), random_stream(recipe.seed, DRAW, i)).to(device)
+            estimates = [monte_carlo_kl(model.residual(mel, f0), p, draw[None])[0].item() for draw in noise]
+            values.setdefault(name, []).append(sum(estimates) / draws)
 
     lengths = torch.tensor([len(clip) for clip in clips], dtype=torch.float64)
-
-    def mean(values: list[float]) -> float:
-        return float((torch.tensor(values, dtype=torch.float64) * lengths).sum() / lengths.sum())
-
+    means = {
+        name: float((torch.tensor(each, dtype=torch.float64) * lengths).sum() / lengths.sum())
+        for name, each in values.items()
+    }
+    kl = torch.tensor(values["student_kl_nats_per_sample"])
     return {
-        "teacher_nll_nats_per_sample": mean(nll),
-        "teacher_bits_per_sample": metrics.bits_per_sample(mean(nll)),
-        "teacher_nll_before_training": mean(nll_before),
-        "level_gaussian_nll_nats_per_sample": mean(nll_of_level),
-        "student_kl_nats_per_sample": mean(kl),
-        "student_kl_standard_error": float(torch.tensor(kl).std() / math.sqrt(len(kl))) if len(kl) > 1 else None,
-        "student_kl_before_training": mean(kl_before),
+        **means,
+        "student_kl_standard_error": float(kl.std() / math.sqrt(len(kl))) if len(kl) > 1 else None,
+        "teacher_bits_per_sample": metrics.bits_per_sample(means["teacher_nll_nats_per_sample"]),
         "flac_bits_per_sample": metrics.flac_bits_per_sample(clips, recipe.audio.sample_rate),
         "test_seconds": float(lengths.sum()) / recipe.audio.sample_rate,
     }
@@ -97,7 +142,11 @@ def densities(
 def synthesise(
     experiment: Experiment, teacher: WaveformModel, student: WaveformModel, test: list[Utterance]
 ) -> dict[str, dict[str, float | None]]:
-    """Copy-synthesise clips with every system, write them to files, and score them; returns mean scores."""
+    """Copy-synthesise clips with every system, write them to files, and score them; returns mean scores.
+
+    F0 is that of the recording, except for `student_from_mel`, which predicts it. `whisper` is white noise through the
+    filters of linear prediction: what the student is before training.
+    """
     recipe, device = experiment.recipe, experiment.device
     limit = int(recipe.evaluate.max_seconds * recipe.audio.sample_rate) // recipe.audio.hop_length
     clips = [read_samples(experiment.audio, u, 0, min(u.frames, limit) * recipe.audio.hop_length) for u in test]
@@ -106,18 +155,26 @@ def synthesise(
     padded = torch.stack([torch.nn.functional.pad(clip, (0, longest - len(clip))) for clip in clips])
     log_mel = audio.LogMel(recipe.audio)
     mel = log_mel.of_file(padded, recipe.conditioning.context).to(device)
+    f0 = torch.zeros(mel.shape[0], mel.shape[2], device=device)
+    for row, utterance in zip(f0, test, strict=True):
+        own = _f0(experiment, utterance)[0, : mel.shape[2]]
+        row[: len(own)] = own
 
-    def drawn(model: WaveformModel, label: str | None) -> list[Tensor]:
+    def drawn(model: WaveformModel, f0: Tensor | None, label: str | None = None) -> list[Tensor]:
         noise = model.base.noise(tuple(padded.shape), random_stream(recipe.seed, SYNTHESISE)).to(device)
-        waves = sample(model(mel), noise * recipe.evaluate.temperature, label=label).cpu()
+        waves = sample(model(mel, f0), noise * recipe.evaluate.temperature, label=label).cpu()
         return [wave[: len(clip)].clamp(-1, 1) for wave, clip in zip(waves, clips, strict=True)]
 
-    systems = {
-        "recorded": clips,
-        "teacher": drawn(teacher, "teacher samples"),
-        "student": drawn(student, None),
-        "griffin_lim": [metrics.griffin_lim(log_mel.of_file(clip[None])[0], recipe.audio) for clip in clips],
-    }
+    with torch.inference_mode():
+        systems = {
+            "recorded": clips,
+            "teacher": drawn(teacher, f0, "teacher samples"),
+            "student": drawn(student, f0),
+            "griffin_lim": [metrics.griffin_lim(log_mel.of_file(clip[None])[0], recipe.audio) for clip in clips],
+            "whisper": drawn(build("student", recipe, recipe.seed).to(device), f0),
+        }
+        if student.pitch is not None:
+            systems["student_from_mel"] = drawn(student, None)
     if not metrics.pesq_available():
         note("evaluate: the package pesq is not installed, so there is no PESQ score: pip install 'wavedistill[demo]'")
     results = {}
@@ -130,10 +187,29 @@ def synthesise(
         for utterance, wave in zip(test, waves, strict=True):
             audio.write(folder / f"{utterance.name}.wav", wave, recipe.audio.sample_rate)
         pairs = zip(clips, waves, strict=True)
-        results[name] = _mean([metrics.scores(clip, wave, recipe.audio.sample_rate) for clip, wave in pairs])
+        results[name] = _mean([metrics.scores(clip, wave, recipe.audio) for clip, wave in pairs])
     shutil.rmtree(experiment.samples, ignore_errors=True)
     fresh.rename(experiment.samples)
     return results
+
+
+@torch.no_grad()
+def pitch_from_mel(experiment: Experiment, student: WaveformModel, test: list[Utterance]) -> dict[str, float | None]:
+    """How well the student predicts F0 from log-mels, against F0 tracked in the audio, over all frames of the split."""
+    assert student.pitch is not None
+    log_mel = audio.LogMel(experiment.recipe.audio)
+    tracked, predicted = [], []
+    for utterance in test:
+        mel = log_mel.of_file(read_samples(experiment.audio, utterance)[None]).to(experiment.device)
+        tracked.append(read_f0(experiment.audio, utterance))
+        predicted.append(student.pitch(mel)[0].cpu())
+    return metrics.f0_agreement(torch.cat(tracked), torch.cat(predicted))
+
+
+def _f0(experiment: Experiment, utterance: Utterance) -> Tensor:
+    """F0 (1, F + 2 context) of an utterance, unvoiced outside the file."""
+    context = experiment.recipe.conditioning.context
+    return torch.nn.functional.pad(read_f0(experiment.audio, utterance), (context, context))[None].to(experiment.device)
 
 
 def _mean(scores: list[dict[str, float | None]]) -> dict[str, float | None]:
@@ -145,10 +221,6 @@ def _mean(scores: list[dict[str, float | None]]) -> dict[str, float | None]:
     return means
 
 
-def _checkpoints(experiment: Experiment) -> list[Path]:
-    return [experiment.checkpoint("teacher"), experiment.checkpoint("student")]
-
-
 def _settings(recipe: Recipe) -> Any:
     return [recipe.model_dump(mode="json", include=READS), metrics.pesq_available()]
 
@@ -158,7 +230,7 @@ stage = Stage(
     summary=__doc__,
     needs=("prepare", "teacher", "student"),
     settings=lambda experiment: _settings(experiment.recipe),
-    inputs=lambda experiment: [experiment.manifest, *_checkpoints(experiment)],
+    inputs=lambda experiment: [experiment.manifest, *experiment.checkpoints],
     outputs=lambda experiment: [experiment.metrics, experiment.samples],
     run=run,
 )

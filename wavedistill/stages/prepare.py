@@ -13,9 +13,10 @@ from torch import Tensor
 
 from wavedistill import audio, corpora
 from wavedistill.config import FolderCorpus, Prepare, Recipe
-from wavedistill.data import Manifest, Split, Utterance
+from wavedistill.data import Manifest, Split, Utterance, f0_path
 from wavedistill.errors import AudioError, CorpusError
 from wavedistill.experiment import Experiment, Stage, sha256, write_json
+from wavedistill.pitch import track_f0
 from wavedistill.progress import note, progress
 
 READS = {"seed", "corpus", "audio", "prepare"}
@@ -52,6 +53,7 @@ def run(experiment: Experiment) -> str:
             whole = audio.pad_to_hops(piece * gain, recipe.audio.hop_length)
             name = source.name if len(pieces) == 1 else f"{source.name}_{number:03d}"
             audio.write(fresh / f"{name}.wav", whole, recipe.audio.sample_rate)
+            np.save(f0_path(fresh, name), track_f0(whole, recipe.audio).numpy())
             clips.append((name, source.origin, len(whole) // recipe.audio.hop_length, gain))
     _judge(faults, recipe)
     if len(clips) < 3:
@@ -146,7 +148,7 @@ def _outputs(experiment: Experiment) -> list[Path]:
         names = [utterance.name for utterance in Manifest.read(experiment.manifest).utterances]
     except CorpusError:  # damaged, or not there: made again
         return [experiment.root / "no manifest"]
-    return [experiment.audio / f"{name}.wav" for name in names]
+    return [path for name in names for path in (experiment.audio / f"{name}.wav", f0_path(experiment.audio, name))]
 
 
 stage = Stage(

@@ -23,18 +23,29 @@ SYSTEMS = {
     "recorded": "Recorded",
     "teacher": "Teacher (sequential)",
     "student": "Student (parallel)",
+    "student_from_mel": "Student, F0 from the log-mel",
     "griffin_lim": "Griffin-Lim (no model)",
+    "whisper": "Noise through linear prediction (a whisper)",
 }
 SCORES = {
     "pesq_wb": ("PESQ-wb", "1 to 4.6, higher is better"),
     "stoi": ("STOI", "0 to 1, higher is better"),
+    "mcd_db": ("Mel-cepstral distortion, dB", "lower is better"),
     "lsd_db": ("Log-spectral distance, dB", "lower is better"),
-    "level_difference_db": ("Level difference, dB", "near 0"),
+    "f0_rmse_cents": ("F0 error, cents RMS", "lower is better"),
+    "vuv_f1": ("Voicing, F1", "0 to 1, higher is better"),
+    "periodicity_rmse": ("Error of voicing probability", "lower is better"),
     "periodicity": ("Periodicity of voiced parts", "a whisper is near 0, speech near 1"),
+    "level_difference_db": ("Level difference, dB", "near 0"),
+    "tilt_difference_db": ("Tilt difference, dB", "near 0"),
+}
+GATES = {
+    "level_db": "Level difference, dB, at most",
+    "tilt_db": "Tilt difference, dB, at most",
+    "vuv_f1": "Voicing, F1, at least",
+    "periodicity": "Periodicity of voiced parts, share of the recordings' own, at least",
 }
 SHOWN_CLIPS = 3
-WHISPER = 0.75
-"""Share of the recording's periodicity below which voiced speech is called a whisper."""
 
 
 def run(experiment: Experiment) -> str:
@@ -44,14 +55,17 @@ def run(experiment: Experiment) -> str:
     )
     found = json.loads(experiment.metrics.read_text())
     benchmark = json.loads(experiment.benchmark.read_text())
+    systems = {system: title for system, title in SYSTEMS.items() if system in found["synthesis"]}
     page = environment.get_template("report.html.j2").render(
         name=experiment.recipe.name,
         version=__version__,
         recipe=json.dumps(experiment.recipe.model_dump(mode="json"), indent=1),
         density=found["density"],
         synthesis=found["synthesis"],
-        verdict=verdict(found["synthesis"]),
-        systems=SYSTEMS,
+        gates=[(label, found["gates"][name]) for name, label in GATES.items()],
+        pitch=found.get("pitch_from_mel"),
+        verdict=verdict(found),
+        systems=systems,
         scores=SCORES,
         benchmark=benchmark,
         ratios=ratios(benchmark["rows"]),
@@ -60,7 +74,7 @@ def run(experiment: Experiment) -> str:
             (kind, plot and _png(plot)) for kind in ("teacher", "student") for plot in [loss_plot(experiment, kind)]
         ],
         clips=[
-            (clip, [(title, *_listen(experiment, system, clip)) for system, title in SYSTEMS.items()])
+            (clip, [(title, *_listen(experiment, system, clip)) for system, title in systems.items()])
             for clip in _clips(experiment)[:SHOWN_CLIPS]
         ],
     )
@@ -70,15 +84,16 @@ def run(experiment: Experiment) -> str:
     return f"{len(page) / 1e6:.1f} MB: {experiment.report}"
 
 
-def verdict(synthesis: dict[str, Any]) -> str:
-    """Whether the student whispers, in figures."""
-    student, recorded = (synthesis[system]["periodicity"] for system in ("student", "recorded"))
-    if student is None or recorded is None:
-        return "No frame of the test clips is voiced, so whether the student whispers cannot be told."
-    figures = f"its voiced parts have a periodicity of {student:.2f}, the recordings {recorded:.2f}"
-    if student < WHISPER * recorded:
-        return f"The student still whispers: {figures}."
-    return f"The student speaks with a voice: {figures}."
+def verdict(found: dict[str, Any]) -> str:
+    """Whether the student passes its gates, and whether it whispers, in figures."""
+    failed = [GATES[name].split(",")[0].lower() for name, gate in found["gates"].items() if not gate["passed"]]
+    if failed:
+        return f"The student fails its gates ({'; '.join(failed)}): it is not to be called good."
+    student, recorded = (found["synthesis"][system] for system in ("student", "recorded"))
+    return (
+        f"The student speaks with a voice, and passes every gate: its voiced parts have a periodicity of "
+        f"{student['periodicity']:.2f}, the recordings {recorded['periodicity']:.2f}."
+    )
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[str]:
@@ -140,9 +155,8 @@ def loss_plot(experiment: Experiment, kind: Kind) -> Figure | None:
 
 
 def _clips(experiment: Experiment) -> list[str]:
-    """The names of the clips that every system has."""
-    names = [{path.name for path in (experiment.samples / system).glob("*.wav")} for system in SYSTEMS]
-    return sorted(set.intersection(*names))
+    """The names of the clips; every system has them."""
+    return sorted(path.name for path in (experiment.samples / "recorded").glob("*.wav"))
 
 
 def _listen(experiment: Experiment, system: str, clip: str) -> tuple[str, str]:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from wavedistill.data import Batch, random_stream
+from wavedistill.distillation import Distillation
 from wavedistill.experiment import Experiment, Stage, fingerprint
-from wavedistill.losses import monte_carlo_kl, spectral_distance
-from wavedistill.models import WaveformModel
+from wavedistill.models import WaveformModel, compile_networks
 from wavedistill.sampling import sample
-from wavedistill.training import Task, fit
+from wavedistill.training import Task, fit, pitch_term
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "student"}
 """The parts of the recipe that the student's training depends on."""
@@ -26,26 +26,23 @@ def run(experiment: Experiment) -> str:
     """Distil, or go on distilling; returns a line of result."""
     recipe = experiment.recipe
     teacher = experiment.model("teacher")
+    if recipe.student.training.compile:
+        compile_networks(teacher)
 
-    def noise_for(model: WaveformModel, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return model.base.noise(shape, generator).to(experiment.device)
+    distillation = Distillation(teacher, recipe)
 
     def terms(model: WaveformModel, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
-        noise = noise_for(model, tuple(batch.audio.shape), generator)
-        # Both end in the same transform of the residual, under which a KL is invariant.
-        kl, residual = monte_carlo_kl(model.residual(batch.mel), teacher.residual(batch.mel), noise)
-        x, _ = model.shared(residual, model.shared_context(batch.mel))
-        spectral = spectral_distance(x, batch.audio, recipe.student.spectral_n_ffts)
-        return {"kl": kl.mean(), "spectral": spectral.mean()}
+        return distillation.terms(model, batch, generator) | pitch_term(model, batch)
 
-    def draw(model: WaveformModel, mel: Tensor) -> Tensor:
-        length = recipe.student.training.segment_frames * recipe.audio.hop_length
-        return sample(model(mel), noise_for(model, (len(mel), length), random_stream(recipe.seed)))
+    def draw(model: WaveformModel, batch: Batch) -> Tensor:
+        noise = model.base.noise(tuple(batch.audio.shape), random_stream(recipe.seed)).to(experiment.device)
+        return sample(model(batch.mel, batch.f0), noise)
 
     # The number of steps is left out: a training may be lengthened.
     trajectory = recipe.model_dump(mode="json", include=READS, exclude={"student": {"training": {"steps"}}})
+    weights = {**recipe.student.loss.model_dump(exclude={"kl_estimator", "kl_draws"}), "pitch": 1.0}
     outcome = fit(
-        Task("student", recipe.student.training, terms, recipe.student.loss.model_dump(), draw),
+        Task("student", recipe.student.training, terms, weights, draw),
         experiment.corpus(),
         experiment.audio,
         recipe=recipe,
@@ -54,7 +51,7 @@ def run(experiment: Experiment) -> str:
         device=experiment.device,
     )
     return (
-        f"validation KL {outcome.valid['kl']:.3f} nats/sample, spectral distance {outcome.valid['spectral']:.3f} "
+        f"validation KL {outcome.valid['kl']:.3f} nats/sample "
         f"at step {outcome.step}, {outcome.seconds:.0f} s: {experiment.checkpoint('student')}"
     )
 

@@ -9,7 +9,7 @@ from wavedistill.data import Batch, dequantise, random_stream
 from wavedistill.experiment import Experiment, Stage, fingerprint
 from wavedistill.models import WaveformModel
 from wavedistill.sampling import sample
-from wavedistill.training import Task, fit
+from wavedistill.training import Task, fit, pitch_term
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher"}
 """The parts of the recipe that the teacher's training depends on."""
@@ -23,21 +23,21 @@ def run(experiment: Experiment) -> str:
 
     def terms(model: WaveformModel, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         residual, ladj = model.analyse(dequantise(batch.with_margins, generator), batch.mel)
-        log_prob = model.residual(batch.mel).log_prob_steps(residual) + ladj
-        return {"nll": -log_prob.mean()}
+        log_prob = model.residual(batch.mel, batch.f0).log_prob_steps(residual) + ladj
+        return {"nll": -log_prob.mean(), **pitch_term(model, batch)}
 
-    def draw(model: WaveformModel, mel: Tensor) -> Tensor:
+    def draw(model: WaveformModel, batch: Batch) -> Tensor:
         length = min(
             int(PREVIEW_SECONDS * recipe.audio.sample_rate),
             recipe.teacher.training.segment_frames * recipe.audio.hop_length,
         )
-        noise = model.base.noise((len(mel), length), random_stream(recipe.seed)).to(mel.device)
-        return sample(model(mel), noise)
+        noise = model.base.noise((len(batch.mel), length), random_stream(recipe.seed)).to(batch.mel.device)
+        return sample(model(batch.mel, batch.f0), noise)
 
     # The number of steps is left out: a training may be lengthened.
     trajectory = recipe.model_dump(mode="json", include=READS, exclude={"teacher": {"training": {"steps"}}})
     outcome = fit(
-        Task("teacher", recipe.teacher.training, terms, {"nll": 1.0}, draw),
+        Task("teacher", recipe.teacher.training, terms, {"nll": 1.0, "pitch": 1.0}, draw),
         experiment.corpus(),
         experiment.audio,
         recipe=recipe,

@@ -1,0 +1,86 @@
+"""The distillation objective: what a student is told about its teacher and about the recording, as named terms."""
+
+import torch
+from torch import Tensor
+
+from wavedistill.audio import mel_filters
+from wavedistill.config import Recipe
+from wavedistill.data import Batch, dequantise
+from wavedistill.flows import Base, Conditionals
+from wavedistill.losses import (
+    closed_kl,
+    cross_entropy_kl,
+    log_mel_distance,
+    log_scale_distance,
+    spectral_distance,
+)
+from wavedistill.models import WaveformModel
+
+
+class Distillation:
+    """The terms of a recipe's `student.loss` that have a weight, for a student and a batch.
+
+    Teacher and student end in the same transform of the residual, under which a KL is invariant: the densities are
+    compared on the residual, spectra on the waveform.
+
+    Args:
+        teacher: the trained teacher, frozen; gradients pass through it to the student's sample.
+        recipe: of the experiment.
+    """
+
+    def __init__(self, teacher: WaveformModel, recipe: Recipe) -> None:
+        self.teacher, self.loss = teacher, recipe.student.loss
+        self.n_ffts = recipe.student.spectral_n_ffts
+        self.filters = log_mel_filters(recipe, next(teacher.parameters()).device)
+
+    def terms(self, student: WaveformModel, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """The mean of each term that has a weight, and of the KL; all randomness comes from the generator."""
+        weights = self.loss
+        q, p = (model.residual(batch.mel, batch.f0) for model in (student, self.teacher))
+        noise = _noise(q.base, tuple(batch.audio.shape), batch.audio, generator)
+        residual, q_steps = q.rsample_and_conditionals(noise)
+        p_steps = p.conditionals(residual)
+
+        found = {"kl": self._kl(q_steps, p_steps, residual, generator)}
+        if weights.log_scale:
+            found["log_scale"] = log_scale_distance(q_steps, p_steps)
+        if weights.contrastive:
+            elsewhere = batch.f0.shape[1] // 2
+            other = self.teacher.residual(batch.mel.roll(elsewhere, -1), batch.f0.roll(elsewhere, -1))
+            found["contrastive"] = -self._kl(q_steps, other.conditionals(residual), residual, generator)
+        if weights.z_reconstruction:
+            found["z_reconstruction"] = (p_steps.noise(residual) - noise).square()
+        if weights.x_reconstruction:
+            recorded, _ = self.teacher.analyse(dequantise(batch.with_margins, generator), batch.mel)
+            rebuilt, _ = q.transform(p.conditionals(recorded).noise(recorded), q.context)
+            found["x_reconstruction"] = (rebuilt - recorded).square()
+        if weights.spectral or weights.log_mel:
+            x, _ = student.shared(residual, student.shared_context(batch.mel))
+            if weights.spectral:
+                found["spectral"] = spectral_distance(x, batch.audio, self.n_ffts)
+            if weights.log_mel:
+                found["log_mel"] = log_mel_distance(x, batch.audio, self.filters)
+        return {name: term.mean() for name, term in found.items()}
+
+    def _kl(self, q: Conditionals, p: Conditionals, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Terms (B, T) of the recipe's estimate of the KL of q from p, given q's sample x (B, T)."""
+        match self.loss.kl_estimator:
+            case "mc":
+                return q.log_prob(x) - p.log_prob(x)
+            case "mc-k":
+                return cross_entropy_kl(q, p, _noise(q.base, (self.loss.kl_draws, *x.shape), x, generator))
+            case "closed":
+                return closed_kl(q, p)
+
+
+def log_mel_filters(recipe: Recipe, device: torch.device) -> dict[int, Tensor]:
+    """The filterbanks of the log-mel distance, without bands that are too narrow to hold a bin."""
+    filters = {}
+    for n_fft in recipe.student.spectral_n_ffts:
+        bank = mel_filters(recipe.audio.model_copy(update={"n_fft": n_fft})).to(device)
+        filters[n_fft] = bank[:, bank.sum(0) > 0]
+    return filters
+
+
+def _noise(base: Base, shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+    return base.noise(shape, generator).to(like)

@@ -1,5 +1,8 @@
 """From recordings to utterances: what is accepted, what is refused, and what is split how."""
 
+import hashlib
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,9 @@ import torch
 
 from tests.test_audio import speech_like
 from wavedistill import audio
-from wavedistill.config import Recipe, validate_recipe
+from wavedistill.config import DebianCorpus, Recipe, validate_recipe
 from wavedistill.corpora import sources
-from wavedistill.data import Manifest, read_samples
+from wavedistill.data import Manifest, read_f0, read_samples
 from wavedistill.errors import CorpusError
 from wavedistill.experiment import Experiment, run_stage
 from wavedistill.stages import STAGES
@@ -185,3 +188,73 @@ def test_synthetic_speech_does_not_depend_on_what_was_said_before(tiny: Recipe) 
     assert not torch.equal(a[:10000], b[:10000])
     assert a.abs().max() < 1
     assert len(first.read(8000)) == -(-len(a) // 2)
+
+
+@pytest.fixture
+def package(tmp_path: Path, voice: Path) -> tuple[Path, str]:
+    """A folder with a Debian package of three recordings, and its digest."""
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("dpkg-deb is not installed")
+    content = tmp_path / "content"
+    (content / "DEBIAN").mkdir(parents=True)
+    (content / "DEBIAN" / "control").write_text(
+        "Package: voice\nVersion: 1\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\nDescription: a voice\n"
+    )
+    for name in ("a.wav", "b.wav", "d.flac"):
+        shutil.copy(voice / name, content / name)
+    folder = tmp_path / "fetched"
+    folder.mkdir()
+    subprocess.run(["dpkg-deb", "-b", content, folder / "voice_1_all.deb"], check=True, capture_output=True)
+    return folder, hashlib.sha256((folder / "voice_1_all.deb").read_bytes()).hexdigest()
+
+
+def debian(folder: Path, sha256: str) -> DebianCorpus:
+    return DebianCorpus(kind="debian", package="voice", sha256=sha256, path=str(folder))
+
+
+def test_a_debian_package_is_unpacked_once_and_read_like_a_folder(package: tuple[Path, str]) -> None:
+    folder, sha256 = package
+    found = sources(debian(folder, sha256))
+    assert [source.origin for source in found] == ["a.wav", "b.wav", "d.flac"]
+    assert found[0].read(16000).shape == (32000,)
+    (folder / "voice_1_all.deb").unlink()
+    assert len(sources(debian(folder, sha256))) == 3, "what is unpacked needs its package no more"
+
+
+def test_another_package_of_the_same_name_is_refused_and_left_alone(package: tuple[Path, str]) -> None:
+    folder, _ = package
+    with pytest.raises(CorpusError, match=r"voice_1_all\.deb: its sha256 is .*, not corpus\.sha256"):
+        sources(debian(folder, "0" * 64))
+    assert [path.name for path in folder.iterdir()] == ["voice_1_all.deb"]
+
+
+def test_a_damaged_package_is_named_and_leaves_nothing_half_done(package: tuple[Path, str]) -> None:
+    folder, _ = package
+    (folder / "voice_1_all.deb").write_bytes(b"!<arch>\n")
+    with pytest.raises(CorpusError, match=r"dpkg-deb -x voice_1_all\.deb.*; put the package voice into"):
+        sources(debian(folder, hashlib.sha256(b"!<arch>\n").hexdigest()))
+    with pytest.raises(CorpusError, match="dpkg-deb"):
+        sources(debian(folder, hashlib.sha256(b"!<arch>\n").hexdigest()))
+
+
+def test_a_system_without_apt_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CorpusError, match=r"needs apt-get: use a Debian system, or put .* into .*https://packages"):
+        sources(debian(tmp_path / "fetched", "0" * 64))
+
+
+def test_f0_is_prepared_beside_the_audio(voice: Path, prepare: Prepare) -> None:
+    experiment = prepare(voice)
+    utterance = Manifest.read(experiment.manifest).utterances[0]
+    assert read_f0(experiment.audio, utterance).shape == (utterance.frames,)
+    path = experiment.audio / f"{utterance.name}.f0.npy"
+    for content in (b"not an array", b""):
+        path.write_bytes(content)
+        with pytest.raises(CorpusError, match=r"\.f0\.npy: cannot be read: delete it and run the prepare stage again"):
+            read_f0(experiment.audio, utterance)
+    np.save(path, np.zeros(3, np.float32))
+    with pytest.raises(CorpusError, match="is not that of its audio"):
+        read_f0(experiment.audio, utterance)
+    path.unlink()
+    prepare(voice)
+    assert path.exists(), "prepared again, because a file was gone"

@@ -119,7 +119,7 @@ def _unpacked(corpus: DebianCorpus) -> FolderCorpus:
         root.mkdir(parents=True, exist_ok=True)
         if not list(root.glob(f"{corpus.package}_*.deb")):
             _command(["apt-get", "download", corpus.package], root, corpus)
-        (package, *others) = sorted(root.glob(f"{corpus.package}_*.deb"))
+        package, *others = sorted(root.glob(f"{corpus.package}_*.deb"))
         if others:
             raise CorpusError(f"{root}: holds several packages {corpus.package}: keep the one with the right sha256")
         digest = hashlib.sha256(package.read_bytes()).hexdigest()
@@ -133,14 +133,19 @@ def _unpacked(corpus: DebianCorpus) -> FolderCorpus:
 
 
 def _command(command: list[str], folder: Path, corpus: DebianCorpus) -> None:
-    advice = f"put the package {corpus.package} into {folder} yourself (https://packages.debian.org/{corpus.package})"
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        need = "a Debian system" if command[0] == "apt-get" else "dpkg"
-        raise CorpusError(f"corpus.kind = 'debian' needs {command[0]}: use {need}, or a folder of its files") from error
+        raise CorpusError(
+            f"corpus.kind = 'debian' needs {command[0]}: use a Debian system, or put the package {corpus.package} into "
+            f"{folder} (https://packages.debian.org/{corpus.package}; unpacking needs dpkg-deb)"
+        ) from error
     if done.returncode:
-        raise CorpusError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}; {advice}")
+        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[0]
+        raise CorpusError(
+            f"{' '.join(command)}: {reason}; put the package {corpus.package} into {folder} yourself "
+            f"(https://packages.debian.org/{corpus.package})"
+        )
 
 
 def _name(index: int, path: Path) -> str:

@@ -14,7 +14,12 @@ from tests.conftest import noise
 from tests.test_audio import speech_like
 from wavedistill.audio import LogMel
 from wavedistill.config import Recipe
-from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel, levinson_durbin
+from wavedistill.linear_prediction import (
+    LinearPrediction,
+    LinearPredictionFromMel,
+    levinson_durbin,
+    synthesise_by_frames,
+)
 
 HOP = 200
 ORDER = 24
@@ -94,6 +99,20 @@ def test_synthesis_has_the_gradient_of_the_recurrence() -> None:
     context = (0.2 * noise(2, 3, 4), 0.1 * noise(2, 3, seed=1))
     residual = noise(2, 14, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda e: LinearPrediction(5)(e, context)[0], residual)
+
+
+@pytest.mark.parametrize("sound", SOUNDS)
+def test_synthesis_by_frames_is_the_recurrence(tiny: Recipe, sound: str) -> None:
+    """What a GPU runs, here on the CPU: the same output and the same gradient."""
+    (coefficients, log_gain), residual = envelope_of(tiny, SOUNDS[sound]()), noise(2, 5930).requires_grad_()
+    x, _ = LinearPrediction(HOP)(residual, (coefficients, log_gain))
+    gain = log_gain.exp().repeat_interleave(HOP, 1)[:, :5930]
+    by_frames = synthesise_by_frames(residual * gain, coefficients.expand(2, -1, -1), HOP)
+    scale = x.abs().max()
+    assert (by_frames - x).abs().max() < 1e-8 * scale
+    target = noise(2, 5930, seed=1)
+    expected, found = (torch.autograd.grad((out * target).sum(), residual)[0] for out in (x, by_frames))
+    assert (found - expected).abs().max() < 1e-8 * expected.abs().max()
 
 
 def test_levinson_durbin_solves_the_normal_equations() -> None:

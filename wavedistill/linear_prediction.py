@@ -26,7 +26,8 @@ class LinearPrediction(Transform):
               \log|\det J| = \sum_t \log g_t
 
     Triangular in both directions (Makhoul 1975). The inverse, analysis, is one parallel pass; the forward direction,
-    synthesis, is a recurrence of a few dozen multiplications a sample, compiled for the CPU, and differentiable in e.
+    synthesis, is a recurrence of a few dozen multiplications a sample, differentiable in e: compiled on the CPU, and
+    frame by frame elsewhere.
     The context is a pair of coefficients (B, F, K) and log-gains (B, F), for at least T / hop_length frames.
 
     Args:
@@ -43,7 +44,8 @@ class LinearPrediction(Transform):
             raise ValueError(f"{coefficients.shape[1]} frames of {self.hop_length} samples do not cover {z.shape[1]}")
         coefficients = coefficients.expand(len(z), -1, -1)
         log_gain = self._per_sample(log_gain, z.shape[1]).expand(len(z), -1)
-        return _Synthesis.apply(z * log_gain.exp(), coefficients, self.hop_length), log_gain
+        filtered = _Synthesis.apply if z.device.type == "cpu" else synthesise_by_frames
+        return filtered(z * log_gain.exp(), coefficients, self.hop_length), log_gain
 
     def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         coefficients, log_gain = context
@@ -119,25 +121,59 @@ def levinson_durbin(autocorrelation: Tensor) -> tuple[Tensor, Tensor]:
     return coefficients, error
 
 
+def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: int) -> Tensor:
+    """The all-pole filter of `_Synthesis` in parallel over the samples of a frame, for devices that like that better.
+
+    Within a frame the filter is constant: its output is the excitation convolved with the impulse response, plus what
+    rings on of the K samples before it. Only those K are handed from frame to frame. In float64, because responses to
+    single samples of the past are far larger than their sum.
+
+    Args:
+        excitation: (B, T).
+        coefficients: (B, F, K), for at least T / hop_length frames, with K at most hop_length.
+        hop_length: samples a frame.
+    """
+    length, order = excitation.shape[1], coefficients.shape[-1]
+    frames = math.ceil(length / hop_length)
+    blocks = F.pad(excitation.double(), (0, frames * hop_length - length)).unflatten(1, (frames, hop_length))
+    a = coefficients[:, :frames].flip(-1).double()
+    # Column k < K answers to a one in x_{k-K} and no excitation, column K to an impulse and no past.
+    responses = list(torch.eye(order, order + 1, dtype=a.dtype, device=a.device).expand(*a.shape[:2], -1, -1).unbind(2))
+    impulse = torch.eye(order + 1, dtype=a.dtype, device=a.device)[order]
+    for n in range(hop_length):
+        following = torch.einsum("bfk,bfkc->bfc", a, torch.stack(responses[n : n + order], 2))
+        responses.append(following + impulse if n == 0 else following)
+    response = torch.stack(responses[order:], 2)  # (B, F, hop, K + 1)
+    size = 2 * hop_length
+    spectrum = torch.fft.rfft(blocks, size) * torch.fft.rfft(response[..., order], size)
+    forced, ringing = torch.fft.irfft(spectrum, size)[..., :hop_length], response[..., :order]
+    past, out = blocks.new_zeros(len(blocks), order), []
+    for f in range(frames):
+        x = forced[:, f] + (ringing[:, f] @ past.unsqueeze(-1)).squeeze(-1)
+        past = x[:, hop_length - order :]
+        out.append(x)
+    return torch.cat(out, 1)[:, :length].to(excitation.dtype)
+
+
 class _Synthesis(torch.autograd.Function):
     r"""The all-pole filter :math:`x_t = \sum_k a_k x_{t-k} + u_t`, differentiable in u.
 
-    Runs on the CPU whatever the device. The gradient is the transposed filter, run backwards:
+    On the CPU. The gradient is the transposed filter, run backwards:
     :math:`\lambda_t = \partial_t + \sum_k a_k^{(t+k)} \lambda_{t+k}`.
     """
 
     @staticmethod
     def forward(ctx: Any, excitation: Tensor, coefficients: Tensor, hop_length: int) -> Tensor:
-        ctx.coefficients, ctx.hop_length = coefficients.cpu().numpy(), hop_length
-        x = excitation.detach().cpu().numpy().copy()
+        ctx.coefficients, ctx.hop_length = coefficients.numpy(), hop_length
+        x = excitation.detach().numpy().copy()
         _filter(x, ctx.coefficients, hop_length)
-        return torch.from_numpy(x).to(excitation.device)
+        return torch.from_numpy(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        adjoint = grad.cpu().numpy().copy()
+        adjoint = grad.numpy().copy()
         _filter_transposed(adjoint, ctx.coefficients, ctx.hop_length)
-        return torch.from_numpy(adjoint).to(grad.device), None, None
+        return torch.from_numpy(adjoint), None, None
 
 
 @numba.njit(cache=True, nogil=True)

@@ -33,7 +33,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         (lambda d: d["teacher"].update(base="cauchy"), r"teacher\.base = 'cauchy': .*'normal' or 'logistic'"),
         (lambda d: d["teacher"].pop("layers"), r"teacher\.layers: missing; add it"),
         (lambda d: d["teacher"]["network"].update(kernel_size=1), r"kernel_size = 1: .*greater than or equal to 2"),
-        (lambda d: d["corpus"].update(kind="tape"), r"corpus: .*'tape'.*'nanotts', 'folder'"),
+        (lambda d: d["corpus"].update(kind="tape"), r"corpus: .*'tape'.*'nanotts', 'debian', 'folder'"),
         (lambda d: d["conditioning"].update(upsample=[4, 40]), r"upsample = \[4, 40\] multiplies to 160.*\[4, 50\]"),
         (lambda d: d["conditioning"].update(upsample=[]), r"conditioning\.upsample = \[\]: .*at least 1 item"),
         (lambda d: d["audio"].update(n_fft=801), r"audio: n_fft = 801 must exceed hop_length = 200 by an even number"),
@@ -42,6 +42,18 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         (
             lambda d: d["linear_prediction"].update(order=201),
             r"linear_prediction\.order = 201 looks .* use 200 or less",
+        ),
+        (lambda d: d["audio"].update(f0_min=300), r"audio: f0_min = 300.*must satisfy .*for instance f0_min = 60"),
+        (lambda d: d["linear_prediction"].update(preemphasis=0.9), r"linear_prediction\.preemphasis superfluous"),
+        (lambda d: d["conditioning"].update(pitch=False), r"periodic_source = true needs F0: set conditioning\.pitch"),
+        (lambda d: d["teacher"].update(base="logistic"), r'kl_estimator = "closed" needs .*; use "mc-k"'),
+        (
+            lambda d: (d["teacher"].update(components=2), d["student"]["loss"].update(kl_estimator="mc", log_scale=1)),
+            r"student\.loss\.log_scale compares log-scales, and a mixture has no single one",
+        ),
+        (
+            lambda d: d.update(corpus={"kind": "debian", "package": "voice", "sha256": "12", "path": "data"}),
+            r"corpus\.sha256 = '12': string should match",
         ),
         (lambda d: d["prepare"].update(max_seconds=float("inf")), r"prepare\.max_seconds = inf: .*finite number"),
         (lambda d: d["prepare"].update(test_fraction=0.6), r"prepare\.test_fraction = 0\.6: .*less than 0\.5"),

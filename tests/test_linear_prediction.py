@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import scipy.linalg
@@ -13,13 +14,16 @@ from torch import Tensor
 from tests.conftest import noise
 from tests.test_audio import speech_like
 from wavedistill.audio import LogMel
-from wavedistill.config import Recipe
+from wavedistill.config import Recipe, validate_recipe
 from wavedistill.linear_prediction import (
     LinearPrediction,
     LinearPredictionFromMel,
+    Preemphasis,
     levinson_durbin,
     synthesise_by_frames,
 )
+from wavedistill.models import build
+from wavedistill.sampling import invert, sample
 
 HOP = 200
 ORDER = 24
@@ -139,3 +143,31 @@ def test_crops_of_the_mel_give_crops_of_the_filters(tiny: Recipe) -> None:
     envelope = LinearPredictionFromMel(tiny.audio, ORDER)
     for whole, crop in zip(envelope(mel), envelope(mel[..., 5:9]), strict=True):
         torch.testing.assert_close(crop, whole[:, 5:9], rtol=1e-5, atol=1e-5)
+
+
+def test_preemphasis_inverts_and_whitens_a_first_order_process_of_the_level(tiny: Recipe) -> None:
+    """The same flow with one fixed coefficient, whatever the log-mel."""
+    envelope, flow = Preemphasis(0.9, 0.07), LinearPrediction(HOP)
+    context = envelope(noise(1, tiny.audio.n_mels, 30))
+    white = noise(1, 6000)
+    x, ladj = flow(white, context)
+    torch.testing.assert_close(flow.inverse(x, context)[0], white, rtol=0, atol=1e-9)
+    torch.testing.assert_close(ladj, torch.full_like(x, math.log(0.07 * math.sqrt(1 - 0.81))))
+    assert x.std().item() == pytest.approx(0.07, rel=0.1)
+
+
+@pytest.mark.parametrize(("order", "preemphasis"), [(0, 0.9), (0, 0.0), (8, 0.0)])
+def test_models_share_whichever_last_transform_the_recipe_asks_for(
+    tiny_data: dict[str, Any], order: int, preemphasis: float
+) -> None:
+    tiny_data["linear_prediction"] = {"order": order, "preemphasis": preemphasis}
+    recipe = validate_recipe(tiny_data, "tiny.toml")
+    mel, z = noise(1, recipe.audio.n_mels, 14) - 5, noise(1, 800)
+    waves = []
+    for kind in ("teacher", "student"):
+        model = build(kind, recipe, 0).double()
+        x = sample(model(mel), z)
+        found, _ = invert(model(mel), x)
+        assert (found - z).abs().max() < 1e-9
+        waves.append(x)
+    torch.testing.assert_close(waves[0], waves[1], rtol=0.1, atol=1e-2)

@@ -144,7 +144,9 @@ class LinearPrediction(Section):
     """The last transform of teacher and student, computed from the log-mel."""
 
     order: NonNegativeInt
-    """Number of coefficients; 0 turns linear prediction off and leaves a fixed scale."""
+    """Number of coefficients; 0 turns linear prediction off and leaves pre-emphasis, or a fixed scale."""
+    preemphasis: Annotated[float, Field(ge=0, lt=1)]
+    """Coefficient of pre-emphasis where `order` is 0; 0 for none."""
 
 
 class Network(Section):
@@ -300,6 +302,10 @@ class Recipe(Section):
                 f"audio.hop_length = {hop}; change either, for instance conditioning.upsample = {_factors(hop)}"
             )
         most = min(self.conditioning.context * hop, self.audio.n_fft // 2)
+        if self.linear_prediction.order and self.linear_prediction.preemphasis:
+            raise ValueError(
+                "linear_prediction.order makes linear_prediction.preemphasis superfluous: set either of them to 0"
+            )
         if self.linear_prediction.order > most:
             raise ValueError(
                 f"linear_prediction.order = {self.linear_prediction.order} looks further back than half of audio.n_fft "

@@ -108,6 +108,27 @@ class LinearPredictionFromMel(nn.Module):
         return coefficients.to(log_mel.dtype), 0.5 * error.log().to(log_mel.dtype)
 
 
+class Preemphasis(nn.Module):
+    r"""The one coefficient and the gain of linear prediction that need no log-mel: :math:`x_t = a x_{t-1} + g e_t`.
+
+    The gain is such that a first-order process of the level given has a residual of unit variance:
+    :math:`g = s \sqrt{1 - a^2}`.
+
+    Args:
+        coefficient: a, the same for all frames.
+        level: RMS of the waveform s.
+    """
+
+    def __init__(self, coefficient: float, level: float) -> None:
+        super().__init__()
+        self.coefficient, self.log_gain = coefficient, math.log(level) + 0.5 * math.log(1 - coefficient**2)
+
+    def forward(self, log_mel: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficient (B, F, 1) and log-gain (B, F) for as many frames as the log-mel (B, n_mels, F) has."""
+        frames = log_mel[:, 0]
+        return torch.full_like(frames, self.coefficient).unsqueeze(-1), torch.full_like(frames, self.log_gain)
+
+
 def levinson_durbin(autocorrelation: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients (..., K) of linear prediction, and its error power (...), from autocorrelation (..., K + 1)."""
     error = autocorrelation[..., 0]

@@ -21,7 +21,7 @@ from wavedistill.flows import (
     Scale,
     Transform,
 )
-from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel
+from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel, Preemphasis
 from wavedistill.pitch import PITCH_CHANNELS, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
 from wavedistill.wavenet import MelEncoder, WaveNet, WaveNetState
 
@@ -87,7 +87,7 @@ class WaveformModel(nn.Module):
         encoder: MelEncoder,
         flows: Iterable[Autoregressive],
         shared: Transform,
-        envelope: LinearPredictionFromMel | None,
+        envelope: LinearPredictionFromMel | Preemphasis | None,
         base: Base,
         margin: int,
         pitch: PitchPredictor | None = None,
@@ -180,9 +180,14 @@ def compile_networks(model: WaveformModel) -> None:
 
 
 def _model(recipe: Recipe, base: Base, flows: list[Autoregressive], *, source: bool) -> WaveformModel:
-    conditioning, order = recipe.conditioning, recipe.linear_prediction.order
+    conditioning, prediction = recipe.conditioning, recipe.linear_prediction
     # `prepare` brings every recording to this level: without linear prediction, the start is noise as loud as the data.
-    scale = 10 ** (recipe.audio.level_db / 20)
+    level = 10 ** (recipe.audio.level_db / 20)
+    envelope: LinearPredictionFromMel | Preemphasis | None = None
+    if prediction.order:
+        envelope = LinearPredictionFromMel(recipe.audio, prediction.order)
+    elif prediction.preemphasis:
+        envelope = Preemphasis(prediction.preemphasis, level)
     return WaveformModel(
         MelEncoder(
             recipe.audio.n_mels,
@@ -192,8 +197,8 @@ def _model(recipe: Recipe, base: Base, flows: list[Autoregressive], *, source: b
             others=PITCH_CHANNELS if conditioning.pitch else 0,
         ),
         flows,
-        LinearPrediction(recipe.audio.hop_length) if order else Scale(scale),
-        LinearPredictionFromMel(recipe.audio, order) if order else None,
+        Scale(level) if envelope is None else LinearPrediction(recipe.audio.hop_length),
+        envelope,
         base,
         conditioning.context,
         PitchPredictor(recipe.audio) if conditioning.pitch else None,

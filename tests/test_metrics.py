@@ -55,8 +55,8 @@ def test_a_whisper_has_no_periodicity_and_a_voice_has_it() -> None:
 def test_scores_of_a_copy_are_the_best_there_are(tiny: Recipe) -> None:
     voice = buzz() + 0.02 * hiss()
     best, worse = (
-        metrics.scores(voice, voice, tiny.audio),
-        metrics.scores(voice, voice * 0.5 + 0.5 * hiss(), tiny.audio),
+        metrics.Scorer(voice, tiny.audio)(voice),
+        metrics.Scorer(voice, tiny.audio)(voice * 0.5 + 0.5 * hiss()),
     )
     assert best["stoi"] == pytest.approx(1, abs=1e-4)
     assert best["lsd_db"] == 0
@@ -69,7 +69,7 @@ def test_scores_of_a_copy_are_the_best_there_are(tiny: Recipe) -> None:
 
 def test_scores_go_on_without_pesq(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "pesq_available", lambda: False)
-    assert metrics.scores(buzz(), buzz(), tiny.audio)["pesq_wb"] is None
+    assert metrics.Scorer(buzz(), tiny.audio)(buzz())["pesq_wb"] is None
 
 
 def test_griffin_lim_keeps_length_place_and_level(tiny: Recipe) -> None:
@@ -84,12 +84,12 @@ def test_griffin_lim_keeps_length_place_and_level(tiny: Recipe) -> None:
 
 def test_a_voice_and_a_whisper_differ_in_voicing_and_a_transposed_voice_in_cents(tiny: Recipe) -> None:
     voice = buzz()
-    whisper = metrics.scores(voice, hiss(), tiny.audio)
+    whisper = metrics.Scorer(voice, tiny.audio)(hiss())
     assert whisper["vuv_f1"] == 0
     assert whisper["f0_rmse_cents"] is None
     assert whisper["periodicity_rmse"] is not None
     assert whisper["periodicity_rmse"] > 0.5
-    semitone = metrics.scores(voice, buzz(pitch=120 * 2 ** (1 / 12)), tiny.audio)
+    semitone = metrics.Scorer(voice, tiny.audio)(buzz(pitch=120 * 2 ** (1 / 12)))
     assert semitone["vuv_f1"] == pytest.approx(1, abs=0.02)
     assert semitone["f0_rmse_cents"] == pytest.approx(100, abs=15)
 

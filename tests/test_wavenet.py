@@ -1,9 +1,13 @@
 """The conditioner: exact causality, receptive field, one-step form, alignment of features."""
 
+import shutil
+
 import pytest
 import torch
+from torch import nn
 
 from tests.conftest import noise, small_flow, small_wavenet
+from wavedistill.models import compile_networks
 from wavedistill.wavenet import MelEncoder, WaveNet
 
 LENGTH = 41
@@ -79,3 +83,28 @@ def test_encoder_gives_a_crop_the_features_of_the_whole() -> None:
     whole, crop = encoder(mel), encoder(mel[..., 6:21])
     assert whole.shape == (1, 26 * 8, 3)
     torch.testing.assert_close(crop, whole[:, 6 * 8 : 17 * 8], rtol=0, atol=1e-12)
+
+
+def test_source_is_seen_at_its_own_time_and_the_past_only_before() -> None:
+    net, x, source = small_wavenet(source_channels=2), noise(1, LENGTH), noise(1, LENGTH, 2, seed=1)
+    changed = source.clone()
+    changed[:, 17] += 1
+    features = noise(1, 11, 3)
+    same = (net(x, features, source) == net(x, features, changed)).all(-1)[0]
+    assert same[:17].all()
+    assert not same[17]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_network_has_the_values_and_gradients_of_the_plain_one() -> None:
+    plain, compiled = (small_wavenet(layers=2, source_channels=2) for _ in range(2))
+    model = nn.Sequential(compiled)
+    compile_networks(model)
+    inputs = noise(2, LENGTH), noise(2, 11, 3), noise(2, LENGTH, 2, seed=1)
+    outputs = [net(*inputs) for net in (plain, compiled)]
+    torch.testing.assert_close(*outputs)
+    for out in outputs:
+        out.square().sum().backward()
+    torch.testing.assert_close(plain.input.weight.grad, compiled.input.weight.grad)
+    assert list(plain.state_dict()) == list(compiled.state_dict())

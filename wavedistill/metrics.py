@@ -37,30 +37,40 @@ def flac_bits_per_sample(clips: Sequence[Tensor], sample_rate: int) -> float:
     return 8 * size / sum(len(clip) for clip in clips)
 
 
-def scores(reference: Tensor, synthesised: Tensor, settings: Audio) -> dict[str, float | None]:
-    """Scores of synthesised against reference speech, (T,) each, in [-1, 1].
+class Scorer:
+    """Scores speech against one reference (T,) in [-1, 1].
 
     F0 and voicing of both are those of pYIN, which is not the tracker that conditions the models.
-
-    Returns:
-        `pesq_wb`, mean opinion score of wide-band PESQ, about 1 to 4.6; None where its package is missing or finds no
-        speech. `stoi`, intelligibility, 0 to 1. `mcd_db`, mel-cepstral distortion. `lsd_db`, log-spectral distance.
-        `f0_rmse_cents`, where both are voiced. `vuv_f1`, F1 of being voiced. `periodicity_rmse`, of the probability of
-        being voiced. `periodicity`, how far the voiced parts of the reference are periodic in the synthesis: a whisper
-        is near 0, the reference itself near 1. `level_difference_db` and `tilt_difference_db`, RMS level and spectral
-        tilt of the synthesis less those of the reference.
     """
-    rate = settings.sample_rate
-    return {
-        "pesq_wb": _pesq_wb(reference, synthesised, rate),
-        "stoi": float(stoi(reference.numpy(), synthesised.numpy(), rate)),
-        "mcd_db": mel_cepstral_distortion_db(reference, synthesised, settings),
-        "lsd_db": log_spectral_distance_db(reference, synthesised),
-        **_voicing_scores(reference, synthesised, settings),
-        "periodicity": periodicity(reference, synthesised, rate),
-        "level_difference_db": rms_db(synthesised) - rms_db(reference),
-        "tilt_difference_db": tilt_db(synthesised, rate) - tilt_db(reference, rate),
-    }
+
+    def __init__(self, reference: Tensor, settings: Audio) -> None:
+        self.reference, self.settings = reference, settings
+        self.f0, self.voicing = _pyin(reference, settings)
+
+    def __call__(self, synthesised: Tensor) -> dict[str, float | None]:
+        """Scores of synthesised speech (T,).
+
+        Returns:
+            `pesq_wb`, mean opinion score of wide-band PESQ, about 1 to 4.6; None where its package is missing or finds
+            no speech. `stoi`, intelligibility, 0 to 1. `mcd_db`, mel-cepstral distortion. `lsd_db`, log-spectral
+            distance. `f0_rmse_cents`, where both are voiced. `vuv_f1`, F1 of being voiced. `periodicity_rmse`, of the
+            probability of being voiced. `periodicity`, how far the voiced parts of the reference are periodic in the
+            synthesis: a whisper is near 0, the reference itself near 1. `level_difference_db` and `tilt_difference_db`,
+            RMS level and spectral tilt of the synthesis less those of the reference.
+        """
+        reference, rate = self.reference, self.settings.sample_rate
+        f0, voicing = _pyin(synthesised, self.settings)
+        return {
+            "pesq_wb": _pesq_wb(reference, synthesised, rate),
+            "stoi": float(stoi(reference.numpy(), synthesised.numpy(), rate)),
+            "mcd_db": mel_cepstral_distortion_db(reference, synthesised, self.settings),
+            "lsd_db": log_spectral_distance_db(reference, synthesised),
+            **f0_agreement(self.f0, f0),
+            "periodicity_rmse": float((voicing - self.voicing).square().mean().sqrt()),
+            "periodicity": periodicity(reference, synthesised, rate),
+            "level_difference_db": rms_db(synthesised) - rms_db(reference),
+            "tilt_difference_db": tilt_db(synthesised, rate) - tilt_db(reference, rate),
+        }
 
 
 def f0_agreement(reference: Tensor, other: Tensor) -> dict[str, float | None]:
@@ -156,21 +166,17 @@ def griffin_lim(log_mel: Tensor, settings: Audio, iterations: int = 60) -> Tenso
     return torch.from_numpy(audio[start : start + length].astype(np.float32))
 
 
-def _voicing_scores(reference: Tensor, synthesised: Tensor, settings: Audio) -> dict[str, float | None]:
-    tracks, probabilities = [], []
-    for audio in (reference, synthesised):
-        f0, voiced, probability = librosa.pyin(
-            audio.numpy(),
-            fmin=settings.f0_min,
-            fmax=settings.f0_max,
-            sr=settings.sample_rate,
-            frame_length=settings.sample_rate // 16,
-            hop_length=settings.sample_rate // 100,
-        )
-        tracks.append(torch.from_numpy(np.where(voiced, f0, 0)))
-        probabilities.append(torch.from_numpy(probability))
-    difference = probabilities[0] - probabilities[1]
-    return {**f0_agreement(*tracks), "periodicity_rmse": float(difference.square().mean().sqrt())}
+def _pyin(audio: Tensor, settings: Audio) -> tuple[Tensor, Tensor]:
+    """F0 in Hz, 0 where unvoiced, and the probability of being voiced, every 10 ms of audio (T,)."""
+    f0, voiced, probability = librosa.pyin(
+        audio.numpy(),
+        fmin=settings.f0_min,
+        fmax=settings.f0_max,
+        sr=settings.sample_rate,
+        frame_length=settings.sample_rate // 16,
+        hop_length=settings.sample_rate // 100,
+    )
+    return torch.from_numpy(np.where(voiced, f0, 0)), torch.from_numpy(probability)
 
 
 def _pesq_wb(reference: Tensor, synthesised: Tensor, sample_rate: int) -> float | None:

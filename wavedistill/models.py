@@ -172,7 +172,7 @@ def build(kind: str, recipe: Recipe, seed: int) -> WaveformModel:
         return {"teacher": teacher, "student": student}[kind](recipe)
 
 
-def compile_networks(model: WaveformModel) -> None:
+def compile_networks(model: nn.Module) -> None:
     """Compile the conditioners of a model in place, for training; its weights and their names stay the same."""
     for module in model.modules():
         if isinstance(module, WaveNet):

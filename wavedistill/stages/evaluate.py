@@ -177,6 +177,7 @@ def synthesise(
             systems["student_from_mel"] = drawn(student, None)
     if not metrics.pesq_available():
         note("evaluate: the package pesq is not installed, so there is no PESQ score: pip install 'wavedistill[demo]'")
+    scorers = [metrics.Scorer(clip, recipe.audio) for clip in clips]
     results = {}
     # Swapped in when complete, so that no clip of an earlier run stays.
     fresh = experiment.samples.with_name("samples.partial")
@@ -186,8 +187,7 @@ def synthesise(
         folder.mkdir(parents=True)
         for utterance, wave in zip(test, waves, strict=True):
             audio.write(folder / f"{utterance.name}.wav", wave, recipe.audio.sample_rate)
-        pairs = zip(clips, waves, strict=True)
-        results[name] = _mean([metrics.scores(clip, wave, recipe.audio) for clip, wave in pairs])
+        results[name] = _mean([score(wave) for score, wave in zip(scorers, waves, strict=True)])
     shutil.rmtree(experiment.samples, ignore_errors=True)
     fresh.rename(experiment.samples)
     return results

@@ -129,15 +129,16 @@ def test_each_gate_catches_its_own_fault(changes: dict[str, float | None], faile
 
 
 @pytest.mark.slow
-def test_benchmark_compares_three_samplers_of_one_pair(tiny_run: Path) -> None:
+def test_benchmark_compares_the_samplers_of_one_pair(tiny_run: Path) -> None:
     benchmark = json.loads((tiny_run / "benchmark.json").read_text())
     rows = {row["sampler"]: row for row in benchmark["rows"]}
     assert {name: row["model"] for name, row in rows.items()} == {
         "naive": "teacher",
         "cached": "teacher",
+        "compiled": "teacher",
         "parallel": "student",
     }
-    assert rows["cached"]["num_samples"] == rows["parallel"]["num_samples"] == 1600
+    assert rows["cached"]["num_samples"] == rows["compiled"]["num_samples"] == rows["parallel"]["num_samples"] == 1600
     assert rows["naive"]["num_samples"] == 5
     assert "5 samples only" in rows["naive"]["note"]
     for row in rows.values():
@@ -159,6 +160,7 @@ def test_benchmark_compares_three_samplers_of_one_pair(tiny_run: Path) -> None:
         assert row["samples_per_second"] == pytest.approx(row["num_samples"] / row["seconds_median"])
         assert row["real_time_factor"] == pytest.approx(row["samples_per_second"] / 16000)
     assert rows["parallel"]["samples_per_second"] > rows["cached"]["samples_per_second"]
+    assert rows["compiled"]["samples_per_second"] > rows["cached"]["samples_per_second"]
     assert rows["cached"]["samples_per_second"] > rows["naive"]["samples_per_second"]
     assert {"cpu", "torch", "date"} <= set(benchmark["machine"])
 
@@ -182,7 +184,7 @@ def test_a_second_run_does_nothing_and_a_changed_setting_only_what_it_must(tiny_
     )
     lines = changed.stdout.splitlines()
     assert lines[:4] == [f"{name}: up to date" for name in list(STAGES)[:4]]
-    assert lines[4].startswith("benchmark: naive ")
+    assert lines[4].startswith("benchmark: parallel ")
     again = wavedistill("run", TINY, "--exp", tiny_run.parent, "--device", "cpu", "--from", "benchmark")
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[1].endswith("report.html")

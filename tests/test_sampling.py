@@ -1,39 +1,117 @@
 """Every sampler equals the naive one, which equals the definition."""
 
 from functools import partial
+from typing import Any
 
+import numba
+import numpy as np
 import pytest
 import torch
 
 from tests.conftest import noise, small_flow, small_mel, small_model
-from wavedistill.flows import Affine, Autoregressive
-from wavedistill.sampling import cached, invert, naive, sample
+from wavedistill.compiled import _exponential, _solve_mixture
+from wavedistill.flows import Affine, Autoregressive, Elementwise, MixtureCdf, StandardLogistic, StandardNormal
+from wavedistill.sampling import Solver, cached, compiled, invert, naive, sample
+
+SOLVERS = [cached, compiled]
+MIXTURES = [MixtureCdf(StandardNormal()), MixtureCdf(StandardLogistic())]
+
+
+def flow_of(elementwise: Elementwise, reads: str, **changes: Any) -> Autoregressive:
+    outputs = 2 if isinstance(elementwise, Affine) else 9
+    flow = small_flow(reads, out_channels=outputs, **changes)
+    return Autoregressive(flow.conditioner, reads, elementwise)
 
 
 @pytest.mark.parametrize("length", [1, 2, 29, 40])
 @pytest.mark.parametrize("kernel_size", [2, 3])
-def test_cached_equals_naive_equals_definition(length: int, kernel_size: int) -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_equals_naive_equals_definition(solver: Solver, length: int, kernel_size: int) -> None:
     """x_t = mu(x_<t) + sigma(x_<t) z_t, where the parallel pass over the finished x gives mu and sigma."""
-    flow, context, z = small_flow("x", kernel_size=kernel_size), (noise(2, 10, 3),), noise(2, length)
+    flow = small_flow("x", kernel_size=kernel_size, source_channels=2)
+    context, z = (noise(2, 10, 3), noise(2, 40, 2)), noise(2, length)
     with torch.no_grad():
-        slow, fast = naive(flow, z, context), cached(flow, z, context)
+        slow, fast = naive(flow, z, context), solver(flow, z, context)
         shift, log_scale = flow.conditioner(slow, context)
     torch.testing.assert_close(slow, shift + log_scale.exp() * z, rtol=0, atol=1e-9)
     assert (slow - fast).abs().max() < 1e-9
 
 
-def test_unconditional_sampling() -> None:
+@pytest.mark.parametrize("elementwise", [Affine(), *MIXTURES])
+@pytest.mark.parametrize("reads", ["x", "z"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_equals_naive_for_every_density(solver: Solver, reads: str, elementwise: Elementwise) -> None:
+    flow, context, given = flow_of(elementwise, reads), (noise(3, 10, 3),), 3 * noise(3, 37)
+    with torch.no_grad():
+        slow = naive(flow, given, context)
+        assert (solver(flow, given, context) - slow).abs().max() < 1e-9 * slow.abs().max()
+
+
+@pytest.mark.parametrize("elementwise", [Affine(), *MIXTURES])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_in_float32_equals_naive_in_float32(solver: Solver, elementwise: Elementwise) -> None:
+    """Steps whose small differences do not grow: the weights of a network that contracts."""
+    flow, context, given = flow_of(elementwise, "x"), (noise(2, 10, 3).float(),), noise(2, 37).float()
+    for parameter in flow.parameters():
+        parameter.data *= 0.5
+    flow.float()
+    with torch.no_grad():
+        slow = naive(flow, given, context)
+        assert (solver(flow, given, context) - slow).abs().max() < 1e-5 * slow.abs().max()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_unconditional_sampling(solver: Solver) -> None:
     flow, z = small_flow("x", feature_channels=None, repeat=1), noise(2, 25)
     with torch.no_grad():
-        assert (naive(flow, z, ()) - cached(flow, z, ())).abs().max() < 1e-9
+        assert (naive(flow, z, ()) - solver(flow, z, ())).abs().max() < 1e-9
+
+
+def test_compiled_loop_in_blocks_is_the_loop_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, context, z = small_flow("x"), (noise(2, 10, 3),), noise(2, 37)
+    whole = compiled(flow, z, context)
+    monkeypatch.setattr("wavedistill.sampling.BLOCK", 5)
+    assert torch.equal(compiled(flow, z, context), whole)
+
+
+@pytest.mark.parametrize("component", [StandardNormal(), StandardLogistic()])
+def test_compiled_mixture_is_exact_far_out(component: StandardNormal | StandardLogistic) -> None:
+    """Tails where the probability of either side underflows, valleys between far apart components, small scales."""
+    mixture, z = MixtureCdf(component), torch.tensor([-300.0, -40, -8, 0, 1e-3, 8, 40, 300]).double()
+    for spread, min_log_scale in ((0.5, -1.0), (10.0, -6.0)):
+        raw = torch.cat([noise(3), spread * noise(3, seed=1), noise(3, seed=2) + min_log_scale])
+        weights, shift, log_scale = raw.chunk(3)
+        log_scale = min_log_scale + torch.nn.functional.softplus(log_scale - min_log_scale)
+        parameters = tuple(p.expand(len(z), 3) for p in (weights, shift, log_scale))
+        x, _ = mixture.to_x(z, *parameters)
+        normal = isinstance(component, StandardNormal)
+        found = [_solve_mixture(raw.numpy(), value, min_log_scale, True, normal) for value in z.tolist()]
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), x, rtol=1e-9, atol=1e-9)
+        back = [_solve_mixture(raw.numpy(), value, min_log_scale, False, normal) for value in x.tolist()]
+        torch.testing.assert_close(
+            torch.tensor(back, dtype=torch.float64), mixture.to_z(x, *parameters)[0], rtol=1e-9, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-8, -1e-8, 0.3, -0.7, 5.0, -20.0, 86.0, -86.0])
+def test_compiled_exponential_is_exact_to_rounding(x: float) -> None:
+    values = np.array([x, -x] * 9, np.float32)
+    found = values.copy()
+    _exponential_in_place(found)
+    np.testing.assert_allclose(found, np.exp(values.astype(np.float64)), rtol=2.5e-7)
+
+
+@numba.njit
+def _exponential_in_place(values: np.ndarray) -> None:
+    _exponential(values)
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_model_sampling_and_inversion_with_either_solver(kind: str) -> None:
     distribution, z = small_model(kind)(small_mel(2, 5)), noise(2, 37)
     x = sample(distribution, z, naive)
-    assert (sample(distribution, z, cached) - x).abs().max() < 1e-9
-    for solver in (naive, cached):
+    for solver in (naive, *SOLVERS):
+        assert (sample(distribution, z, solver) - x).abs().max() < 1e-9
         found, _ = invert(distribution, x, solver)
         assert (found - z).abs().max() < 1e-9
 

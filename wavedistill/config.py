@@ -267,7 +267,7 @@ class Benchmark(Section):
     """What `benchmark` times."""
 
     seconds: Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)]
-    """Durations of the waveform drawn, the same for the cached and the parallel sampler."""
+    """Durations of the waveform drawn, the same for every sampler but the naive one."""
     naive_samples: PositiveInt
     """Samples timed of the naive sampler, whose cost grows linearly."""
     threads: Integers

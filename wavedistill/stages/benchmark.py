@@ -1,4 +1,4 @@
-"""Time the naive, cached and parallel samplers of one teacher-student pair."""
+"""Time the naive, cached, compiled and parallel samplers of one teacher-student pair."""
 
 import datetime
 import functools
@@ -35,7 +35,7 @@ class Job(NamedTuple):
     """One row to measure."""
 
     model: Kind
-    sampler: Literal["naive", "cached", "parallel"]
+    sampler: Literal["naive", "cached", "compiled", "parallel"]
     threads: int
     num_samples: int
 
@@ -51,7 +51,10 @@ def run(experiment: Experiment) -> str:
     for count in threads:
         jobs.append(Job("teacher", "naive", count, settings.naive_samples))
         for length in lengths:
-            jobs += [Job("teacher", "cached", count, length), Job("student", "parallel", count, length)]
+            jobs.append(Job("teacher", "cached", count, length))
+            if device.type == "cpu":
+                jobs.append(Job("teacher", "compiled", count, length))
+            jobs.append(Job("student", "parallel", count, length))
     rows = []
     for job in progress(iterable=jobs, desc="benchmark", unit="row"):
         # A process of its own, so that no row inherits another's memory, threads or caches.
@@ -59,10 +62,11 @@ def run(experiment: Experiment) -> str:
             rows.append(pool.submit(measure, experiment, job).result())
     write_json(experiment.benchmark, {"machine": machine(device), "rows": rows})
     speed = {row["sampler"]: row["samples_per_second"] for row in rows if row["threads"] == threads[-1]}
+    parallel = speed.pop("parallel")
+    ratios = ", ".join(f"{parallel / value:.1f} x {name}" for name, value in speed.items())
     return (
-        f"{', '.join(f'{name} {value:.0f}' for name, value in speed.items())} samples/s ({threads[-1]} threads); "
-        f"parallel / cached {speed['parallel'] / speed['cached']:.1f}, "
-        f"cached / naive {speed['cached'] / speed['naive']:.1f}: {experiment.benchmark}"
+        f"parallel {parallel:,.0f} samples/s ({threads[-1]} threads), {parallel / recipe.audio.sample_rate:.1f} x real "
+        f"time; {ratios}: {experiment.benchmark}"
     )
 
 
@@ -125,7 +129,7 @@ def _sampler(experiment: Experiment, job: Job) -> Callable[[], Tensor]:
     recipe, device = experiment.recipe, experiment.device
     model = experiment.model(job.model)
     length = job.num_samples
-    solver: sampling.Solver = sampling.cached
+    solver: sampling.Solver = sampling.compiled if job.sampler == "compiled" else sampling.cached
     if job.sampler == "naive":
         ((flow, _),) = model.flows.conditioned(None)
         assert isinstance(flow, Autoregressive)

@@ -98,16 +98,21 @@ def verdict(found: dict[str, Any]) -> str:
 
 def ratios(rows: list[dict[str, Any]]) -> list[str]:
     """Which sampler is how many times as fast as which, for each length and number of threads."""
+    speed = {(row["sampler"], row["threads"], row["num_samples"]): row["samples_per_second"] for row in rows}
     naive = {row["threads"]: row["samples_per_second"] for row in rows if row["sampler"] == "naive"}
-    cached = {(row["threads"], row["num_samples"]): row for row in rows if row["sampler"] == "cached"}
     lines = []
     for row in rows:
         if row["sampler"] == "parallel":
-            base = cached[row["threads"], row["num_samples"]]["samples_per_second"]
+            factors = [
+                f"{row['samples_per_second'] / speed[name, row['threads'], row['num_samples']]:.1f} times as fast as "
+                f"the teacher's {name} sampler"
+                for name in ("compiled", "cached")
+                if (name, row["threads"], row["num_samples"]) in speed
+            ]
+            factors.append(f"{row['samples_per_second'] / naive[row['threads']]:.0f} times as fast as the naive one")
             lines.append(
                 f"{row['num_samples']:,} samples, {row['device']}, {row['threads']} threads: the parallel student is "
-                f"{row['samples_per_second'] / base:.1f} times as fast as the teacher's cached sampler and "
-                f"{row['samples_per_second'] / naive[row['threads']]:.0f} times as fast as the naive one."
+                f"{', '.join(factors)}."
             )
     return lines
 
@@ -117,7 +122,7 @@ def speed_plot(rows: list[dict[str, Any]], sample_rate: int) -> Figure:
     figure = Figure(figsize=(8, 0.8 + 0.36 * len(rows)), layout="constrained")
     axes = figure.subplots()
     labels = [f"{r['sampler']}, {r['num_samples']:,} samples, {r['threads']} threads" for r in rows]
-    colours = {"naive": "#b0b0b0", "cached": "#d08770", "parallel": "#3b6ea5"}
+    colours = {"naive": "#b0b0b0", "cached": "#d08770", "compiled": "#a3567a", "parallel": "#3b6ea5"}
     speeds = [row["samples_per_second"] for row in rows]
     bars = axes.barh(range(len(rows)), speeds, color=[colours[row["sampler"]] for row in rows])
     axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3)

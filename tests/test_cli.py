@@ -104,7 +104,8 @@ def test_gates_are_applied_to_the_student_and_named_where_they_fail(tiny_run: Pa
     metrics = json.loads((tiny_run / "metrics.json").read_text())
     gates, student = metrics["gates"], metrics["synthesis"]["student"]
     assert set(gates) == {"level_db", "tilt_db", "vuv_f1", "periodicity"}
-    assert gates["level_db"]["value"] == abs(student["level_difference_db"])
+    assert gates["level_db"]["value"] >= abs(student["level_difference_db"])
+    assert gates["vuv_f1"]["value"] == student["vuv_f1"]
     page = (tiny_run / "report.html").read_text()
     assert page.count('class="failed"') == sum(not gate["passed"] for gate in gates.values())
     assert ("fails its gates" in page) == any(not gate["passed"] for gate in gates.values())
@@ -113,18 +114,19 @@ def test_gates_are_applied_to_the_student_and_named_where_they_fail(tiny_run: Pa
 @pytest.mark.parametrize(
     ("changes", "failed"),
     [
-        ({}, set()),
-        ({"level_difference_db": -3.5}, {"level_db"}),
-        ({"tilt_difference_db": 3.5}, {"tilt_db"}),
-        ({"vuv_f1": 0.5}, {"vuv_f1"}),
-        ({"periodicity": 0.3}, {"periodicity"}),
-        ({"vuv_f1": None, "periodicity": None}, {"vuv_f1", "periodicity"}),
+        ([{}], set()),
+        ([{"level_difference_db": -3.5}], {"level_db"}),
+        ([{"tilt_difference_db": 3.5}], {"tilt_db"}),
+        ([{"level_difference_db": 10.0}, {"level_difference_db": -10.0}], {"level_db"}),  # which a mean would hide
+        ([{"vuv_f1": 0.5}], {"vuv_f1"}),
+        ([{"periodicity": 0.3}], {"periodicity"}),
+        ([{"vuv_f1": None, "periodicity": None}], {"vuv_f1", "periodicity"}),
     ],
 )
-def test_each_gate_catches_its_own_fault(changes: dict[str, float | None], failed: set[str]) -> None:
+def test_each_gate_catches_its_own_fault(changes: list[dict[str, float | None]], failed: set[str]) -> None:
     good = {"level_difference_db": -1.0, "tilt_difference_db": 0.5, "vuv_f1": 0.95, "periodicity": 0.8}
     thresholds = Gates(level_db=3.0, tilt_db=3.0, vuv_f1=0.9, periodicity=0.8)
-    found = gates({**good, **changes}, {"periodicity": 0.9}, thresholds)
+    found = gates([{**good, **change} for change in changes], [{"periodicity": 0.9}], thresholds)
     assert {name for name, gate in found.items() if not gate["passed"]} == failed
 
 
@@ -172,7 +174,7 @@ def test_the_report_is_self_contained(tiny_run: Path) -> None:
     assert page.count("data:image/png;base64,") == 2 * len(SYSTEMS) + 3
     assert "http://" not in page
     assert "https://" not in page
-    assert "whisper" in page
+    assert ("passes every gate" in page) != ("fails its gates" in page)
 
 
 @pytest.mark.slow

@@ -49,7 +49,18 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         (lambda d: d["teacher"].update(base="logistic"), r'kl_estimator = "closed" needs .*; use "mc-k"'),
         (
             lambda d: (d["teacher"].update(components=2), d["student"]["loss"].update(kl_estimator="mc", log_scale=1)),
-            r"student\.loss\.log_scale compares log-scales, and a mixture has no single one",
+            r"student\.loss\.log_scale compares log-scales of densities of one kind",
+        ),
+        (
+            lambda d: (
+                d["teacher"].update(components=2),
+                d["student"]["loss"].update(kl_estimator="mc", x_reconstruction=1),
+            ),
+            r'tie the noise of teacher and student: set student\.base = "logistic"',
+        ),
+        (
+            lambda d: d["student"]["loss"].update(kl=0, spectral=0, log_mel=0),
+            r"student\.loss: every weight is 0, so there is nothing to learn",
         ),
         (
             lambda d: d.update(corpus={"kind": "debian", "package": "voice", "sha256": "12", "path": "data"}),

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import AffineTransform, Normal, SigmoidTransform, TransformedDistribution, Uniform
 
-from tests.conftest import noise, small_flow, small_mel, small_model
+from tests.conftest import noise, randomise, small_flow, small_mel, small_model
+from wavedistill.config import validate_recipe
 from wavedistill.flows import (
     BASES,
     Affine,
@@ -23,6 +25,7 @@ from wavedistill.flows import (
     StandardNormal,
 )
 from wavedistill.losses import monte_carlo_kl
+from wavedistill.models import build
 from wavedistill.sampling import cached, invert, sample
 
 LENGTH = 22  # no multiple of the features' repetition
@@ -266,3 +269,46 @@ def test_conditionals_of_a_teacher_are_the_terms_of_its_density() -> None:
         torch.testing.assert_close(teacher.conditionals(x).log_prob(x), teacher.log_prob_steps(x))
     with pytest.raises(SequentialDirectionError, match="masked"):
         small_model("student").residual(small_mel(2, 3)).conditionals(x)
+
+
+def test_a_mixture_s_inverse_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs at every step of a sequential sampler: Newton's method, not the bisection that keeps it safe."""
+    monkeypatch.setattr(MixtureCdf, "ITERATIONS", 20)
+    for base in BASES.values():
+        mixture, z = MixtureCdf(base), BASES["logistic"].noise((500,), torch.Generator().manual_seed(0)).double()
+        parameters = mixture_parameters(3, 500, spread=2)
+        x, _ = mixture.to_x(z, *parameters)
+        torch.testing.assert_close(mixture.to_z(x, *parameters)[0], z, rtol=1e-9, atol=1e-9)
+
+
+def test_only_affine_flows_are_taken_for_an_affine_function_of_the_noise() -> None:
+    def conditioner(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return tuple(x.new_zeros(*x.shape, 2) for _ in range(3))
+
+    flow = Autoregressive(conditioner, "z", MixtureCdf(StandardNormal()))
+    with pytest.raises(ValueError, match="affine"):
+        FlowDistribution(Composition([flow]), StandardLogistic()).rsample_and_conditionals(noise(1, 5))
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_a_model_uses_the_f0_it_is_given_at_its_own_place(tiny_data: dict[str, Any], kind: str) -> None:
+    """With margins of more than the frame that the source looks at."""
+    tiny_data["conditioning"]["context"] = context = 3
+    recipe = validate_recipe(tiny_data, "tiny.toml")
+    hop, model = recipe.audio.hop_length, randomise(build(kind, recipe, 0))
+    mel = noise(1, recipe.audio.n_mels, 8 + 2 * context) - 5
+    f0 = torch.full((1, 8 + 2 * context), 120.0).double()
+
+    def context_of(f0: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(part for part in model.residual(mel, f0).context[0] if part is not None)
+
+    given, predicted = context_of(f0), context_of(None)
+    assert all((a != b).any() for a, b in zip(given, context_of(2 * f0), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(predicted, context_of(model.pitch(mel)), strict=True))
+    if kind == "student":
+        source = given[1]
+        assert source.shape[1] == 8 * hop
+        far, first = f0.clone(), f0.clone()
+        far[:, 0], first[:, context] = 200, 200
+        assert torch.equal(context_of(far)[1], source), "a margin frame that touches no sample"
+        assert (context_of(first)[1] != source).any(-1)[0, 0], "the first frame acts from the first sample on"

@@ -40,16 +40,25 @@ def test_spectral_distance_measures_a_gain_in_db() -> None:
     assert metrics.log_spectral_distance_db(sound, sound) == 0
     assert metrics.log_spectral_distance_db(sound, sound * 10 ** (6 / 20)) == pytest.approx(6, abs=0.01)
     assert metrics.log_spectral_distance_db(0 * sound, 0 * sound) == 0
+    quiet, quieter = (metrics.log_spectral_distance_db(sound * gain, sound) for gain in (1e-5, 0))
+    assert quieter == pytest.approx(quiet), "the reference alone sets the floor"
+    assert quieter < 80
 
 
-def test_a_whisper_has_no_periodicity_and_a_voice_has_it() -> None:
+def test_a_whisper_has_no_periodicity_and_a_voice_has_it(tiny: Recipe) -> None:
     voice = buzz()
-    assert metrics.periodicity(voice, voice, RATE) == pytest.approx(1, abs=0.01)
-    whisper = metrics.periodicity(voice, hiss(), RATE)
+    assert metrics.periodicity(voice, voice, tiny.audio) == pytest.approx(1, abs=0.01)
+    whisper = metrics.periodicity(voice, hiss(), tiny.audio)
     assert whisper is not None
     assert whisper < 0.25
-    assert metrics.periodicity(voice, buzz(pitch=123), RATE) == pytest.approx(1, abs=0.1), "slightly out of tune"
-    assert metrics.periodicity(hiss(), voice, RATE) is None, "nothing voiced to compare"
+    assert metrics.periodicity(voice, buzz(pitch=123), tiny.audio) == pytest.approx(1, abs=0.1), "slightly out of tune"
+    assert metrics.periodicity(hiss(), voice, tiny.audio) is None, "nothing voiced to compare"
+
+
+@pytest.mark.parametrize("pitch", [45.0, 620.0])
+def test_periodicity_looks_where_the_recipe_says(tiny: Recipe, pitch: float) -> None:
+    wide = tiny.audio.model_copy(update={"f0_min": 40.0, "f0_max": 700.0})
+    assert metrics.periodicity(buzz(pitch=pitch), buzz(pitch=pitch), wide) == pytest.approx(1, abs=0.02)
 
 
 def test_scores_of_a_copy_are_the_best_there_are(tiny: Recipe) -> None:

@@ -15,7 +15,7 @@ import torch
 from tests.test_audio import speech_like
 from wavedistill import audio
 from wavedistill.config import DebianCorpus, Recipe, validate_recipe
-from wavedistill.corpora import sources
+from wavedistill.corpora import _command, sources
 from wavedistill.data import Manifest, read_f0, read_samples
 from wavedistill.errors import CorpusError
 from wavedistill.experiment import Experiment, run_stage
@@ -231,15 +231,23 @@ def test_another_package_of_the_same_name_is_refused_and_left_alone(package: tup
 def test_a_damaged_package_is_named_and_leaves_nothing_half_done(package: tuple[Path, str]) -> None:
     folder, _ = package
     (folder / "voice_1_all.deb").write_bytes(b"!<arch>\n")
-    with pytest.raises(CorpusError, match=r"dpkg-deb -x voice_1_all\.deb.*; put the package voice into"):
-        sources(debian(folder, hashlib.sha256(b"!<arch>\n").hexdigest()))
-    with pytest.raises(CorpusError, match="dpkg-deb"):
-        sources(debian(folder, hashlib.sha256(b"!<arch>\n").hexdigest()))
+    sha256 = hashlib.sha256(b"!<arch>\n").hexdigest()
+    for _ in range(2):
+        with pytest.raises(CorpusError, match=r"dpkg-deb -x voice_1_all\.deb.*; remove .* and fetch it again"):
+            sources(debian(folder, sha256))
+        assert not (folder / sha256).exists()
+
+
+def test_a_command_that_fails_without_a_word_is_reported_all_the_same(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"^false: exit code 1; do something else$"):
+        _command(["false"], tmp_path, "do something else")
 
 
 def test_a_system_without_apt_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CorpusError, match=r"needs apt-get: use a Debian system, or put .* into .*https://packages"):
+    with pytest.raises(
+        CorpusError, match=r"needs apt-get, a part of Debian and Ubuntu; put the package into .*https://packages"
+    ):
         sources(debian(tmp_path / "fetched", "0" * 64))
 
 

@@ -21,6 +21,7 @@ from wavedistill.errors import CheckpointError, TrainingError
 from wavedistill.experiment import Experiment, Stage, run_stage
 from wavedistill.losses import negative_log_likelihood
 from wavedistill.models import WaveformModel, build
+from wavedistill.pitch import PitchPredictor
 from wavedistill.sampling import sample
 from wavedistill.training import Outcome, Task, fit, learning_rate, update_average
 
@@ -54,7 +55,9 @@ def train(tmp_path: Path, recipe: Recipe) -> Train:
 
         def terms(model: WaveformModel, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
             hook(next(count))
-            return {"nll": negative_log_likelihood(model(batch.mel), dequantise(batch.audio, generator)).mean()}
+            return {
+                "nll": negative_log_likelihood(model(batch.mel, batch.f0), dequantise(batch.audio, generator)).mean()
+            }
 
         settings = recipe.teacher.training.model_copy(update={"steps": steps})
         task = Task(
@@ -230,6 +233,7 @@ def test_before_the_first_step_a_sample_has_the_level_of_the_data(
     """Of all data without linear prediction; with it, of the very recording whose log-mel is given."""
     tiny_data["linear_prediction"]["order"] = order
     tiny_data[kind]["base"] = base
+    tiny_data["student"]["loss"]["kl_estimator"] = "mc"  # for any base
     recipe = validate_recipe(tiny_data, "tiny.toml")
     model = build(kind, recipe, seed=0)
     recording = speech_like(8000) * 10 ** (recipe.audio.level_db / 20) / speech_like(8000).std()
@@ -249,3 +253,17 @@ def test_the_bound_of_log_scale_never_stops_the_gradient(tiny: Recipe) -> None:
     assert (log_scale >= tiny.teacher.min_log_scale).all()
     log_scale.sum().backward()
     assert conditioner.wavenet.head.bias.grad[1] > 0
+
+
+def test_the_predictor_of_f0_leaves_the_density_s_steps_alone(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its loss: the gradients are clipped apart, and it has no say in which weights are kept."""
+    train("a", steps=3)
+    loss = PitchPredictor.loss
+    monkeypatch.setattr(PitchPredictor, "loss", lambda *args: 1000 * loss(*args))
+    outcome = train("b", steps=3)
+    a, b = (checkpoint.load(tmp_path / name / "training.pt") for name in ("a", "b"))
+    assert a["best_objective"] == b["best_objective"] == outcome.valid["nll"]
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]) or name.startswith("pitch."), name

@@ -137,7 +137,9 @@ def _synthesise(loaded: Checkpoint, path: Path, seed: int, temperature: float) -
         samples = audio.pad_to_hops(audio.read(path, settings.sample_rate), settings.hop_length)
         gain = audio.level_gain(samples, settings.level_db)
         mel = audio.LogMel(settings).of_file(samples[None] * gain, context)
-        f0 = torch.nn.functional.pad(track_f0(samples, settings), (context, context))[None]
+        f0 = None
+        if loaded.model.pitch is not None:
+            f0 = torch.nn.functional.pad(track_f0(samples, settings), (context, context))[None]
     device = next(loaded.model.parameters()).device
     length = (mel.shape[-1] - 2 * context) * settings.hop_length
     noise = loaded.model.base.noise((1, length), random_stream(seed)).to(device) * temperature

@@ -304,11 +304,9 @@ def _solve_mixture(raw: np.ndarray, given: float, min_log_scale: float, reads_x:
             low = x
         else:
             high = x
-        following = x - (found - given) * math.exp(-slope)
-        if not low < following < high:
-            following = (low + high) / 2
-        settled = abs(following - x) <= 4e-16 * abs(x)
-        x = following
+        step = (found - given) * math.exp(-slope)
+        settled = abs(step) <= 4e-16 * abs(x) or abs(found - given) <= 1e-15 * (1 + abs(given))
+        x = x - step if settled or low < x - step < high else (low + high) / 2
         if settled:
             break
     return x

@@ -231,7 +231,7 @@ class Student(Section):
     min_log_scale: Annotated[float, Field(lt=0)]
     """Lower bound of each flow's log_scale, in nats, for a residual of about unit variance."""
     spectral_n_ffts: Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(strict=False, min_length=1)]
-    """Window lengths of the spectral term, in samples."""
+    """Window lengths of the spectral and the log-mel term, in samples."""
     loss: StudentLoss
     network: Network
     training: Training
@@ -301,15 +301,15 @@ class Recipe(Section):
                 f"conditioning.upsample = {list(self.conditioning.upsample)} multiplies to {product}, but "
                 f"audio.hop_length = {hop}; change either, for instance conditioning.upsample = {_factors(hop)}"
             )
-        most = min(self.conditioning.context * hop, self.audio.n_fft // 2)
+        most = min(hop, self.audio.n_fft // 2)
         if self.linear_prediction.order and self.linear_prediction.preemphasis:
             raise ValueError(
                 "linear_prediction.order makes linear_prediction.preemphasis superfluous: set either of them to 0"
             )
         if self.linear_prediction.order > most:
             raise ValueError(
-                f"linear_prediction.order = {self.linear_prediction.order} looks further back than half of audio.n_fft "
-                f"or than conditioning.context * audio.hop_length, the margin of a segment; use {most} or less"
+                f"linear_prediction.order = {self.linear_prediction.order} looks further back than audio.hop_length "
+                f"or half of audio.n_fft; use {most} or less"
             )
         gaussian = {self.teacher.base, self.student.base} == {"normal"} and self.teacher.components == 1
         if self.student.loss.kl_estimator == "closed" and not gaussian:
@@ -317,8 +317,20 @@ class Recipe(Section):
                 'student.loss.kl_estimator = "closed" needs teacher.base = "normal", teacher.components = 1 and '
                 'student.base = "normal"; use "mc-k" for other densities'
             )
-        if self.student.loss.log_scale and self.teacher.components > 1:
-            raise ValueError("student.loss.log_scale compares log-scales, and a mixture has no single one: set it to 0")
+        loss = self.student.loss
+        if loss.log_scale and (self.teacher.components > 1 or self.teacher.base != self.student.base):
+            raise ValueError(
+                "student.loss.log_scale compares log-scales of densities of one kind: set it to 0, or teacher.base to "
+                "student.base and teacher.components to 1"
+            )
+        noise = "logistic" if self.teacher.components > 1 else self.teacher.base  # a mixture's noise is logistic
+        if (loss.x_reconstruction or loss.z_reconstruction) and noise != self.student.base:
+            raise ValueError(
+                f"student.loss.x_reconstruction and z_reconstruction tie the noise of teacher and student: set "
+                f'student.base = "{noise}", as the teacher\'s, or both weights to 0'
+            )
+        if not any(loss.model_dump(exclude={"kl_estimator", "kl_draws"}).values()):
+            raise ValueError("student.loss: every weight is 0, so there is nothing to learn; set kl = 1")
         if self.student.periodic_source and not self.conditioning.pitch:
             raise ValueError("student.periodic_source = true needs F0: set conditioning.pitch = true as well")
         segment = self.student.training.segment_frames * hop

@@ -114,38 +114,35 @@ def _unpacked(corpus: DebianCorpus) -> FolderCorpus:
         CorpusError: if the package cannot be fetched or unpacked, or is not the one that the recipe means.
     """
     root = Path(corpus.path)
-    unpacked = root / corpus.sha256
+    unpacked, page = root / corpus.sha256, f"https://packages.debian.org/{corpus.package}"
     if not unpacked.is_dir():
         root.mkdir(parents=True, exist_ok=True)
         if not list(root.glob(f"{corpus.package}_*.deb")):
-            _command(["apt-get", "download", corpus.package], root, corpus)
+            _command(["apt-get", "download", corpus.package], root, f"put the package into {root} yourself: {page}")
         package, *others = sorted(root.glob(f"{corpus.package}_*.deb"))
         if others:
             raise CorpusError(f"{root}: holds several packages {corpus.package}: keep the one with the right sha256")
         digest = hashlib.sha256(package.read_bytes()).hexdigest()
         if digest != corpus.sha256:
-            raise CorpusError(f"{package}: its sha256 is {digest}, not corpus.sha256: remove it, or correct the recipe")
-        partial = unpacked.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        _command(["dpkg-deb", "-x", package.name, partial.name], root, corpus)
-        partial.rename(unpacked)
+            raise CorpusError(f"{package}: its sha256 is {digest}, not corpus.sha256; get the right version: {page}")
+        fresh = unpacked.with_suffix(".partial")
+        shutil.rmtree(fresh, ignore_errors=True)
+        _command(["dpkg-deb", "-x", package.name, fresh.name], root, f"remove {package} and fetch it again")
+        fresh.rename(unpacked)
     return FolderCorpus(kind="folder", path=str(unpacked), limit=corpus.limit)
 
 
-def _command(command: list[str], folder: Path, corpus: DebianCorpus) -> None:
+def _command(command: list[str], folder: Path, advice: str) -> None:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise CorpusError(
-            f"corpus.kind = 'debian' needs {command[0]}: use a Debian system, or put the package {corpus.package} into "
-            f"{folder} (https://packages.debian.org/{corpus.package}; unpacking needs dpkg-deb)"
+            f"corpus.kind = 'debian' needs {command[0]}, a part of Debian and Ubuntu; {advice}"
         ) from error
     if done.returncode:
-        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[0]
-        raise CorpusError(
-            f"{' '.join(command)}: {reason}; put the package {corpus.package} into {folder} yourself "
-            f"(https://packages.debian.org/{corpus.package})"
-        )
+        # Warnings come first, the reason last.
+        said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+        raise CorpusError(f"{' '.join(command)}: {said[-1]}; {advice}")
 
 
 def _name(index: int, path: Path) -> str:

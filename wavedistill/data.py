@@ -175,9 +175,9 @@ def read_f0(folder: Path, utterance: Utterance) -> Tensor:
         f0 = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise CorpusError(f"{path}: cannot be read: delete it and run the prepare stage again") from error
-    if f0.shape != (utterance.frames,):
+    if f0.shape != (utterance.frames,) or not np.isfinite(f0).all():
         raise CorpusError(f"{path}: is not that of its audio: delete it and run the prepare stage again")
-    return torch.from_numpy(f0)
+    return torch.from_numpy(f0.astype(np.float32))
 
 
 def dequantise(audio: Tensor, generator: torch.Generator) -> Tensor:

@@ -31,7 +31,7 @@ class Distillation:
     def __init__(self, teacher: WaveformModel, recipe: Recipe) -> None:
         self.teacher, self.loss = teacher, recipe.student.loss
         self.n_ffts = recipe.student.spectral_n_ffts
-        self.filters = log_mel_filters(recipe, next(teacher.parameters()).device)
+        self.filters = log_mel_filters(recipe, next(teacher.parameters()).device) if self.loss.log_mel else {}
 
     def terms(self, student: WaveformModel, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """The mean of each term that has a weight, and of the KL; all randomness comes from the generator."""

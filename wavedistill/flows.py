@@ -122,14 +122,15 @@ class MixtureCdf:
 
     so that the density of x is the mixture's (Ho et al. 2019, *Flow++*). Both tails are computed as logarithms, so that
     neither they nor small scales lose the gradient. The inverse is found by Newton's method inside a bracket, to
-    rounding, and has no gradient. The parameters are unnormalised log weights, shifts and log_scales, (..., K) each.
+    rounding, and has no gradient; noise beyond 80, which nobody draws, overflows in float32. The parameters are
+    unnormalised log weights, shifts and log_scales, (..., K) each.
 
     Args:
         component: the base whose copies are mixed.
     """
 
     ITERATIONS = 100
-    """At most; a bracket halves at least as often as not."""
+    """At most; about ten are usual."""
 
     def __init__(self, component: Base) -> None:
         self.component = component
@@ -153,10 +154,10 @@ class MixtureCdf:
         for _ in range(self.ITERATIONS):
             found, slope = self.to_z(x, *parameters)
             low, high = torch.where(found < z, x, low), torch.where(found < z, high, x)
-            step = x - (found - z) * (-slope).exp()
-            following = torch.where((step > low) & (step < high), step, (low + high) / 2)
-            settled = (following - x).abs() <= 2 * torch.finfo(x.dtype).eps * x.abs()
-            x = following
+            step, eps = (found - z) * (-slope).exp(), torch.finfo(x.dtype).eps
+            settled = (step.abs() <= 2 * eps * x.abs()) | ((found - z).abs() <= 4 * eps * (1 + z.abs()))
+            inside = (x - step > low) & (x - step < high)
+            x = torch.where(settled | inside, x - step, (low + high) / 2)
             if settled.all():
                 break
         return x, -self.to_z(x, *parameters)[1]
@@ -279,7 +280,7 @@ class Conditionals(NamedTuple):
         return self.elementwise.to_z(x, *self.parameters)[0]
 
     def rsample(self, noise: Tensor) -> Tensor:
-        """A draw of every step on its own from base noise (..., B, T)."""
+        """A draw of every step on its own from base noise (..., B, T); without gradient where it is a mixture."""
         return self.elementwise.to_x(noise, *self.parameters)[0]
 
     @property
@@ -334,16 +335,23 @@ class FlowDistribution:
         Raises:
             SequentialDirectionError: for any other transform.
         """
-        match list(self.transform.parts) if isinstance(self.transform, Composition) else []:
-            case [Autoregressive(reads="x") as flow]:
-                return Conditionals(self.base, flow.elementwise, flow.conditioner(x, self.context[0]))
+        conditioned = [(self.transform, self.context)]
+        if isinstance(self.transform, Composition):
+            conditioned = self.transform.conditioned(self.context)
+        match conditioned:
+            case [(Autoregressive(reads="x") as flow, own)]:
+                return Conditionals(self.base, flow.elementwise, flow.conditioner(x, own))
         raise SequentialDirectionError("only a single masked autoregressive flow has its conditionals at hand")
 
     def rsample_and_conditionals(self, noise: Tensor) -> tuple[Tensor, Conditionals]:
         """The sample x (B, T) of the noise (B, T), and the density of each x_t given the noise before t.
 
-        For affine flows only, whose composition is affine (see `Composition`).
+        Raises:
+            ValueError: if a flow is not affine; only then is their composition (see `Composition`).
         """
+        flows = self.transform.parts if isinstance(self.transform, Composition) else [self.transform]
+        if not all(isinstance(flow, Autoregressive) and isinstance(flow.elementwise, Affine) for flow in flows):
+            raise ValueError("only affine flows compose to an affine function of the noise")
         x, log_scale = self.transform(noise, self.context)
         return x, Conditionals(self.base, Affine(), (x - log_scale.exp() * noise, log_scale))
 

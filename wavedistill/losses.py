@@ -14,7 +14,7 @@ SILENCE = 1e-4
 
 
 class Density(Protocol):
-    """What distillation asks of a teacher: the log density of a given waveform, differentiable in it."""
+    """What `monte_carlo_kl` asks of a teacher: the log density of a given waveform, differentiable in it."""
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density (B,) of x (B, T), in nats."""

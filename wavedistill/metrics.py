@@ -64,10 +64,10 @@ class Scorer:
             "pesq_wb": _pesq_wb(reference, synthesised, rate),
             "stoi": float(stoi(reference.numpy(), synthesised.numpy(), rate)),
             "mcd_db": mel_cepstral_distortion_db(reference, synthesised, self.settings),
-            "lsd_db": log_spectral_distance_db(reference, synthesised),
+            "lsd_db": log_spectral_distance_db(synthesised, reference),
             **f0_agreement(self.f0, f0),
             "periodicity_rmse": float((voicing - self.voicing).square().mean().sqrt()),
-            "periodicity": periodicity(reference, synthesised, rate),
+            "periodicity": periodicity(reference, synthesised, self.settings),
             "level_difference_db": rms_db(synthesised) - rms_db(reference),
             "tilt_difference_db": tilt_db(synthesised, rate) - tilt_db(reference, rate),
         }
@@ -119,29 +119,32 @@ def pesq_available() -> bool:
     return find_spec("pesq") is not None
 
 
-def log_spectral_distance_db(x: Tensor, y: Tensor) -> float:
+def log_spectral_distance_db(synthesised: Tensor, reference: Tensor) -> float:
     r"""Mean over frames of the RMS over frequency of the difference of log power spectra (T,), in dB.
 
-    Both are floored 80 dB below the peak of y, so that the distance of two silences counts nothing.
+    Both are floored 80 dB below the peak of the reference, so that the distance of two silences counts nothing.
     """
 
     def spectrum(audio: Tensor) -> Tensor:
         return torch.stft(audio.double(), 1024, 256, window=torch.hann_window(1024).double(), return_complex=True).abs()
 
-    power_x, power_y = spectrum(x).square(), spectrum(y).square()
-    floor = max(float(power_y.max()), 1e-20) * 1e-8
-    difference = 10 * (power_x.clamp_min(floor).log10() - power_y.clamp_min(floor).log10())
+    power_s, power_r = spectrum(synthesised).square(), spectrum(reference).square()
+    floor = max(float(power_r.max()), 1e-20) * 1e-8
+    difference = 10 * (power_s.clamp_min(floor).log10() - power_r.clamp_min(floor).log10())
     return float(difference.square().mean(0).sqrt().mean())
 
 
-def periodicity(reference: Tensor, synthesised: Tensor, sample_rate: int) -> float | None:
+def periodicity(reference: Tensor, synthesised: Tensor, settings: Audio) -> float | None:
     """Mean normalised autocorrelation of synthesised speech at the reference's pitch period, where that is voiced.
 
-    Frames of 40 ms are voiced where the reference's own autocorrelation peaks above 0.7 between 60 and 400 Hz. The
+    Frames of 40 ms are voiced where the reference's own autocorrelation peaks above 0.7 in the range of F0. The
     synthesis may be off by 5 % of the period. None where no frame is voiced.
     """
-    correlation_r, correlation_s = (_autocorrelation(audio, sample_rate) for audio in (reference, synthesised))
-    shortest, longest = sample_rate // 400, sample_rate // 60
+    shortest, longest = (round(settings.sample_rate / f0) for f0 in (settings.f0_max, settings.f0_min))
+    lags = longest + max(1, longest // 20)
+    correlation_r, correlation_s = (
+        _autocorrelation(audio, settings.sample_rate, lags) for audio in (reference, synthesised)
+    )
     peak, lag = correlation_r[:, shortest : longest + 1].max(1)
     voiced = peak > 0.7
     values = []
@@ -191,9 +194,9 @@ def _pesq_wb(reference: Tensor, synthesised: Tensor, sample_rate: int) -> float 
         return None
 
 
-def _autocorrelation(audio: Tensor, sample_rate: int) -> Tensor:
-    """Normalised autocorrelation (frames, lags) of audio (T,) in frames of 40 ms every 10 ms, over 25 ms of lags."""
-    width, longest = sample_rate // 25, sample_rate // 40
+def _autocorrelation(audio: Tensor, sample_rate: int, longest: int) -> Tensor:
+    """Normalised autocorrelation (frames, longest + 1) of audio (T,) in frames of 40 ms every 10 ms."""
+    width = sample_rate // 25
     frames = audio.double().unfold(0, width + longest, sample_rate // 100)  # (frames, width + longest)
     spectrum = torch.fft.rfft(frames[:, :width], 2 * (width + longest)).conj()
     product = torch.fft.irfft(spectrum * torch.fft.rfft(frames, 2 * (width + longest)))[:, : longest + 1]

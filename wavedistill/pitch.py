@@ -63,7 +63,7 @@ class PeriodicSource(nn.Module):
 
         Args:
             f0: one more frame on either side, towards which F0 is interpolated.
-            phase: (B,) before the first sample, in periods, as an earlier call gave it; 0 by default.
+            phase: (B,) before the first sample, in periods, as the call for the frames before gave it; 0 by default.
         """
         kind, f0 = f0.dtype, f0.double()  # a phase in float32 would be lost after some minutes
         frames = f0.shape[1] - 2

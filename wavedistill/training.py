@@ -37,7 +37,7 @@ class Task(NamedTuple):
         kind: the model that is trained.
         settings: of the optimisation.
         terms: the named scalar terms of the loss of a model for a batch; all randomness comes from the generator.
-        weights: of the terms in the objective.
+        weights: of the terms in the objective, which also decides which weights are kept.
         sample: draws audio (B, T) from a model, with the conditioning of a batch, for the log.
     """
 
@@ -71,6 +71,8 @@ def fit(
     Every random number of a step is a function of the recipe's seed and the step, so that a training that was
     interrupted and resumed ends with the same weights as one that was not.
 
+    A model's own predictor of F0 learns beside it, from a term `pitch` that has no part in the objective.
+
     Args:
         task: what to train, and how.
         manifest: the prepared corpus.
@@ -94,6 +96,9 @@ def fit(
     if settings.compile:
         compile_networks(model)
     started, first_step = time.monotonic(), state.step
+    # Clipped apart, so that the predictor of F0 leaves the density's steps alone.
+    predictor = [] if model.pitch is None else list(model.pitch.parameters())
+    parameters = [[own for own in model.parameters() if not any(own is other for other in predictor)], predictor]
 
     def validate() -> None:
         values = batches.validate(average)
@@ -117,10 +122,10 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, state.step)
             terms = batches.terms(model, state.step)
-            loss = objective(terms, task.weights)
+            loss = objective(terms, task.weights) + sum(terms[name] for name in terms.keys() - task.weights.keys())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+            norm, *_ = [nn.utils.clip_grad_norm_(own, settings.grad_clip) for own in parameters if own]
             optimizer.step()
             state.step += 1
             update_average(average, model, settings.ema_decay, state.step)
@@ -189,7 +194,11 @@ class _Batches:
             writer.add_image(f"log-mel {name}", picture.clamp(0, 1), step, dataformats="HW")
 
     def _terms(self, model: WaveformModel, segments: Segments, generator: torch.Generator) -> Mapping[str, Tensor]:
-        return self.task.terms(model, segments.draw(self.task.settings.batch_size, generator), generator)
+        batch = segments.draw(self.task.settings.batch_size, generator)
+        terms = dict(self.task.terms(model, batch, generator))
+        if model.pitch is not None:
+            terms["pitch"] = model.pitch.loss(batch.mel, batch.f0)
+        return terms
 
 
 class State:
@@ -209,7 +218,7 @@ class State:
         """Log validation terms; write the averaged weights as the model to use if they are the best so far."""
         for name, value in valid.items():
             writer.add_scalar(f"valid/{name}", value, self.step)
-        total = sum(task.weights[name] * value for name, value in valid.items())
+        total = sum(weight * valid[name] for name, weight in task.weights.items() if weight)
         if total < self.best_objective:
             self.best_step, self.best_objective, self.best_valid = self.step, total, valid
             checkpoint.save_model(folder / "checkpoint.pt", task.kind, recipe, self.step, self.average.state_dict())
@@ -244,13 +253,8 @@ def _require_finite(values: Mapping[str, float], task: Task, step: int, folder: 
 
 
 def objective(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The weighted sum of named terms."""
-    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-
-
-def pitch_term(model: WaveformModel, batch: Batch) -> dict[str, Tensor]:
-    """The loss of a model's own predictor of F0, where it has one; it shares no weights with the rest."""
-    return {} if model.pitch is None else {"pitch": model.pitch.loss(batch.mel, batch.f0)}
+    """The weighted sum of the named terms that have a weight."""
+    return torch.stack([weight * terms[name] for name, weight in weights.items() if weight]).sum()
 
 
 def learning_rate(settings: Training, step: int) -> float:

@@ -33,7 +33,7 @@ class MelEncoder(nn.Module):
         self.upsample = nn.ModuleList(nn.Linear(channels, scale * channels) for scale in upsample[:-1])
 
     def forward(self, mel: Tensor, others: Tensor | None = None) -> Tensor:
-        """Log-mel (B, n_mels, F + 2 context) and others -> features (B, F * prod(upsample[:-1]), channels)."""
+        """Log-mel and others (B, ..., F + 2 context) -> features (B, F * prod(upsample[:-1]), channels)."""
         # Speech log-mel lies in about [-11.5, 2]: bring it near [-2, 2].
         frames = (mel + 5) / 3
         frames = frames if others is None else torch.cat([frames, others], 1)

@@ -20,6 +20,8 @@ from wavedistill.sampling import sample
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "evaluate", "gates"}
 DEQUANTISE, DRAW, SYNTHESISE = 10, 11, 12
 """Purposes of random streams."""
+Scores = dict[str, float | None]
+"""Of one clip, or of a system: by name, None where there is nothing to measure."""
 
 
 def run(experiment: Experiment) -> str:
@@ -28,8 +30,9 @@ def run(experiment: Experiment) -> str:
     teacher, student = experiment.model("teacher"), experiment.model("student")
     test = experiment.corpus().of("test")
     density = densities(experiment, teacher, student, test)
-    synthesis = synthesise(experiment, teacher, student, test[: recipe.evaluate.clips])
-    found = gates(synthesis["student"], synthesis["recorded"], recipe.gates)
+    clips = synthesise(experiment, teacher, student, test[: recipe.evaluate.clips])
+    found = gates(clips["student"], clips["recorded"], recipe.gates)
+    synthesis = {system: _mean(scores) for system, scores in clips.items()}
     result: dict[str, Any] = {"density": density, "synthesis": synthesis, "gates": found}
     if student.pitch is not None:
         result["pitch_from_mel"] = pitch_from_mel(experiment, student, test)
@@ -50,21 +53,20 @@ def run(experiment: Experiment) -> str:
     )
 
 
-def gates(
-    student: dict[str, float | None], recorded: dict[str, float | None], thresholds: Gates
-) -> dict[str, dict[str, Any]]:
+def gates(student: list[Scores], recorded: list[Scores], thresholds: Gates) -> dict[str, dict[str, Any]]:
     """What the student's speech must not fall short of: the value, its threshold, and whether it passed.
 
-    `level_db` and `tilt_db` are magnitudes with a largest value; `vuv_f1`, and `periodicity` as a share of the
-    recordings' own, have a least one. What could not be measured, for instance in silence, has not passed.
+    `level_db` and `tilt_db` are means over clips of a difference's magnitude, with a largest value; `vuv_f1`, and
+    `periodicity` as a share of the recordings' own, have a least one. What could not be measured, for instance in
+    silence, has not passed.
     """
 
     def magnitude(name: str) -> float | None:
-        return None if (value := student[name]) is None else abs(value)
+        return _mean([{name: None if (value := clip[name]) is None else abs(value)} for clip in student])[name]
 
-    own, given = student["periodicity"], recorded["periodicity"]
-    share = own / given if own is not None and given else None
-    least = {"vuv_f1": student["vuv_f1"], "periodicity": share}
+    mean, given = _mean(student), _mean(recorded)["periodicity"]
+    share = mean["periodicity"] / given if mean["periodicity"] is not None and given else None
+    least = {"vuv_f1": mean["vuv_f1"], "periodicity": share}
     most = {"level_db": magnitude("level_difference_db"), "tilt_db": magnitude("tilt_difference_db")}
     found = {}
     for name, value in {**most, **least}.items():
@@ -103,7 +105,12 @@ def densities(
         mel, f0 = mels[i], f0s[i]
         noisy = dequantise(clip[None].to(device), random_stream(recipe.seed, DEQUANTISE, i))
         repeats = -(-mel.shape[-1] // mels[i - 1].shape[-1])
-        other_mel, other_f0 = mels[i - 1].repeat(1, 1, repeats), f0s[i - 1].repeat(1, repeats)
+        # The only clip of its split gets its own, half a clip away.
+        away = mel.shape[-1] // 2 if len(clips) == 1 else 0
+        other_mel, other_f0 = (
+            mels[i - 1].repeat(1, 1, repeats).roll(away, -1),
+            f0s[i - 1].repeat(1, repeats).roll(away, -1),
+        )
         other = teacher.residual(other_mel[..., : mel.shape[-1]], other_f0[:, : mel.shape[-1]])
         shuffled = FlowDistribution(
             Composition([teacher.flows, teacher.shared]), teacher.base, [other.context, teacher.shared_context(mel)]
@@ -141,11 +148,11 @@ def densities(
 
 def synthesise(
     experiment: Experiment, teacher: WaveformModel, student: WaveformModel, test: list[Utterance]
-) -> dict[str, dict[str, float | None]]:
-    """Copy-synthesise clips with every system, write them to files, and score them; returns mean scores.
+) -> dict[str, list[Scores]]:
+    """Copy-synthesise clips with every system, write them to files, and score them; returns the scores of each clip.
 
-    F0 is that of the recording, except for `student_from_mel`, which predicts it. `whisper` is white noise through the
-    filters of linear prediction: what the student is before training.
+    F0 is that of the recording, except for `student_from_mel`, which predicts it. `whisper` is what the student is
+    before training: white noise through the last transform, linear prediction for instance.
     """
     recipe, device = experiment.recipe, experiment.device
     limit = int(recipe.evaluate.max_seconds * recipe.audio.sample_rate) // recipe.audio.hop_length
@@ -157,8 +164,8 @@ def synthesise(
     mel = log_mel.of_file(padded, recipe.conditioning.context).to(device)
     f0 = torch.zeros(mel.shape[0], mel.shape[2], device=device)
     for row, utterance in zip(f0, test, strict=True):
-        own = _f0(experiment, utterance)[0, : mel.shape[2]]
-        row[: len(own)] = own
+        own = read_f0(experiment.audio, utterance)[:limit]
+        row[recipe.conditioning.context :][: len(own)] = own
 
     def drawn(model: WaveformModel, f0: Tensor | None, label: str | None = None) -> list[Tensor]:
         noise = model.base.noise(tuple(padded.shape), random_stream(recipe.seed, SYNTHESISE)).to(device)
@@ -187,7 +194,7 @@ def synthesise(
         folder.mkdir(parents=True)
         for utterance, wave in zip(test, waves, strict=True):
             audio.write(folder / f"{utterance.name}.wav", wave, recipe.audio.sample_rate)
-        results[name] = _mean([score(wave) for score, wave in zip(scorers, waves, strict=True)])
+        results[name] = [score(wave) for score, wave in zip(scorers, waves, strict=True)]
     shutil.rmtree(experiment.samples, ignore_errors=True)
     fresh.rename(experiment.samples)
     return results
@@ -212,9 +219,9 @@ def _f0(experiment: Experiment, utterance: Utterance) -> Tensor:
     return torch.nn.functional.pad(read_f0(experiment.audio, utterance), (context, context))[None].to(experiment.device)
 
 
-def _mean(scores: list[dict[str, float | None]]) -> dict[str, float | None]:
+def _mean(scores: list[Scores]) -> Scores:
     """Mean of each score over the clips that have it; None where none has."""
-    means: dict[str, float | None] = {}
+    means: Scores = {}
     for name in scores[0]:
         values = [value for score in scores if (value := score[name]) is not None]
         means[name] = sum(values) / len(values) if values else None

@@ -85,7 +85,7 @@ def run(experiment: Experiment) -> str:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """Whether the student passes its gates, and whether it whispers, in figures."""
+    """Whether the student passes its gates."""
     failed = [GATES[name].split(",")[0].lower() for name, gate in found["gates"].items() if not gate["passed"]]
     if failed:
         return f"The student fails its gates ({'; '.join(failed)}): it is not to be called good."

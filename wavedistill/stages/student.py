@@ -1,9 +1,7 @@
 """Distil the parallel student from the teacher."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from wavedistill.data import Batch, random_stream
@@ -11,7 +9,7 @@ from wavedistill.distillation import Distillation
 from wavedistill.experiment import Experiment, Stage, fingerprint
 from wavedistill.models import WaveformModel, compile_networks
 from wavedistill.sampling import sample
-from wavedistill.training import Task, fit, pitch_term
+from wavedistill.training import Task, fit
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "student"}
 """The parts of the recipe that the student's training depends on."""
@@ -31,18 +29,15 @@ def run(experiment: Experiment) -> str:
 
     distillation = Distillation(teacher, recipe)
 
-    def terms(model: WaveformModel, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
-        return distillation.terms(model, batch, generator) | pitch_term(model, batch)
-
     def draw(model: WaveformModel, batch: Batch) -> Tensor:
         noise = model.base.noise(tuple(batch.audio.shape), random_stream(recipe.seed)).to(experiment.device)
         return sample(model(batch.mel, batch.f0), noise)
 
     # The number of steps is left out: a training may be lengthened.
     trajectory = recipe.model_dump(mode="json", include=READS, exclude={"student": {"training": {"steps"}}})
-    weights = {**recipe.student.loss.model_dump(exclude={"kl_estimator", "kl_draws"}), "pitch": 1.0}
+    weights = recipe.student.loss.model_dump(exclude={"kl_estimator", "kl_draws"})
     outcome = fit(
-        Task("student", recipe.student.training, terms, weights, draw),
+        Task("student", recipe.student.training, distillation.terms, weights, draw),
         experiment.corpus(),
         experiment.audio,
         recipe=recipe,

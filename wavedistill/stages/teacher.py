@@ -9,7 +9,7 @@ from wavedistill.data import Batch, dequantise, random_stream
 from wavedistill.experiment import Experiment, Stage, fingerprint
 from wavedistill.models import WaveformModel
 from wavedistill.sampling import sample
-from wavedistill.training import Task, fit, pitch_term
+from wavedistill.training import Task, fit
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher"}
 """The parts of the recipe that the teacher's training depends on."""
@@ -24,7 +24,7 @@ def run(experiment: Experiment) -> str:
     def terms(model: WaveformModel, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         residual, ladj = model.analyse(dequantise(batch.with_margins, generator), batch.mel)
         log_prob = model.residual(batch.mel, batch.f0).log_prob_steps(residual) + ladj
-        return {"nll": -log_prob.mean(), **pitch_term(model, batch)}
+        return {"nll": -log_prob.mean()}
 
     def draw(model: WaveformModel, batch: Batch) -> Tensor:
         length = min(
@@ -37,7 +37,7 @@ def run(experiment: Experiment) -> str:
     # The number of steps is left out: a training may be lengthened.
     trajectory = recipe.model_dump(mode="json", include=READS, exclude={"teacher": {"training": {"steps"}}})
     outcome = fit(
-        Task("teacher", recipe.teacher.training, terms, {"nll": 1.0, "pitch": 1.0}, draw),
+        Task("teacher", recipe.teacher.training, terms, {"nll": 1.0}, draw),
         experiment.corpus(),
         experiment.audio,
         recipe=recipe,

@@ -155,12 +155,16 @@ def test_benchmark_compares_the_samplers_of_one_pair(tiny_run: Path) -> None:
             "seconds_all",
             "samples_per_second",
             "real_time_factor",
+            "flops_per_sample",
+            "ceiling_flops_per_second",
+            "share_of_ceiling",
             "peak_memory_bytes",
         }
         assert len(row["seconds_all"]) >= 2
         assert len(row["seconds_all"]) == 2 or sum(row["seconds_all"]) < 1 + max(row["seconds_all"])
         assert row["samples_per_second"] == pytest.approx(row["num_samples"] / row["seconds_median"])
         assert row["real_time_factor"] == pytest.approx(row["samples_per_second"] / 16000)
+    assert all(0 < row["share_of_ceiling"] < 1 for row in rows.values())
     assert rows["parallel"]["samples_per_second"] > rows["cached"]["samples_per_second"]
     assert rows["compiled"]["samples_per_second"] > rows["cached"]["samples_per_second"]
     assert rows["cached"]["samples_per_second"] > rows["naive"]["samples_per_second"]

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import noise, small_flow, small_wavenet
 from wavedistill.models import compile_networks
@@ -108,3 +109,10 @@ def test_a_compiled_network_has_the_values_and_gradients_of_the_plain_one() -> N
         out.square().sum().backward()
     torch.testing.assert_close(plain.input.weight.grad, compiled.input.weight.grad)
     assert list(plain.state_dict()) == list(compiled.state_dict())
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    net, length = small_wavenet(source_channels=2), 48
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(noise(1, length), noise(1, length // net.repeat, 3), noise(1, length, 2))
+    assert net.flops_per_sample * length == counter.get_total_flops()

@@ -111,6 +111,11 @@ class WaveformModel(nn.Module):
         """The density of residuals (B, F * hop_length), with the conditioning as in `forward`."""
         return FlowDistribution(self.flows, self.base, [self._context(mel, f0)] * len(self.flows.parts))
 
+    @property
+    def flops_per_sample(self) -> float:
+        """Floating-point operations of the conditioners for one sample; the rest is below a tenth of them."""
+        return sum(net.flops_per_sample for net in self.modules() if isinstance(net, WaveNet))
+
     def shared_context(self, mel: Tensor) -> Context:
         """What the last transform is conditioned on, for the middle F frames of log-mel (B, n_mels, F + 2 context)."""
         return self._envelope(mel[..., self.margin : mel.shape[-1] - self.margin])

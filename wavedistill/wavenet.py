@@ -113,6 +113,14 @@ class WaveNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     @property
+    def flops_per_sample(self) -> float:
+        """Floating-point operations of one output in matrix products, two for a multiplication and its sum."""
+        layers = [self.input, *self.gates, *self.outputs, self.hidden, self.head]
+        weights = sum(layer.weight.numel() for layer in layers)
+        shared = 0 if self.context is None else self.context.weight.numel() / self.repeat
+        return 2 * (weights + shared)
+
+    @property
     def receptive_field(self) -> int:
         """How many input values before t the output at t can see."""
         return 1 + (self.kernel_size - 1) * sum(self.dilations)

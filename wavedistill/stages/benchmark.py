@@ -22,11 +22,14 @@ from wavedistill.checkpoint import Kind
 from wavedistill.data import random_stream, read_samples
 from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import Autoregressive
+from wavedistill.models import WaveformModel
 from wavedistill.progress import progress
+from wavedistill.wavenet import WaveNet
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "benchmark"}
 SEQUENTIAL_WARMUP = 100
 """Samples drawn before the cached sampler is timed."""
+CEILING_REPEATS = 20
 MIN_SECONDS = 1.0
 """A short draw is repeated until its runs add up to this."""
 
@@ -73,12 +76,16 @@ def run(experiment: Experiment) -> str:
 def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
     """One row: warm up, then time several draws, with the device idle before and after each.
 
+    The ceiling is what the same process, device and threads reach with products of large matrices. A row's share of it
+    counts each conditioner once a sample: what the naive sampler computes again is waste.
+
     The peak memory is what PyTorch allocated on a GPU, and on a CPU the resident memory of the process, which includes
     the interpreter and its libraries; None where the system does not tell.
     """
     recipe, device = experiment.recipe, experiment.device
     torch.set_num_threads(job.threads)
-    draw = _sampler(experiment, job)
+    model = experiment.model(job.model)
+    draw = _sampler(experiment, model, job)
     seconds: list[float] = []
     while len(seconds) < recipe.benchmark.repeats or sum(seconds) < MIN_SECONDS:
         _synchronise(device)
@@ -87,6 +94,7 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
         _synchronise(device)
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds)
+    speed, ceiling = job.num_samples / median, matrix_product_ceiling(model, device)
     row = {
         "model": job.model,
         "sampler": job.sampler,
@@ -96,8 +104,11 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
         "num_samples": job.num_samples,
         "seconds_median": median,
         "seconds_all": seconds,
-        "samples_per_second": job.num_samples / median,
-        "real_time_factor": job.num_samples / recipe.audio.sample_rate / median,
+        "samples_per_second": speed,
+        "real_time_factor": speed / recipe.audio.sample_rate,
+        "flops_per_sample": model.flops_per_sample,
+        "ceiling_flops_per_second": ceiling,
+        "share_of_ceiling": speed * model.flops_per_sample / ceiling,
         "peak_memory_bytes": _peak(device),
     }
     if job.sampler == "naive":
@@ -105,6 +116,22 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
             f"timed {job.num_samples} samples only, past the first receptive field, where the cost is constant"
         )
     return row
+
+
+def matrix_product_ceiling(model: WaveformModel, device: torch.device) -> float:
+    """Floating-point operations per second of the best matrix product: of the model's widths, or large and square."""
+    nets = [module for module in model.modules() if isinstance(module, WaveNet)]
+    shapes = {(8192, net.kernel_size * net.channels, 2 * net.channels) for net in nets} | {(1024, 1024, 1024)}
+    best = 0.0
+    for m, k, n in shapes:
+        a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
+        for _ in range(CEILING_REPEATS):
+            _synchronise(device)
+            start = time.perf_counter()
+            torch.mm(a, b)
+            _synchronise(device)
+            best = max(best, 2 * m * k * n / (time.perf_counter() - start))
+    return best
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -124,10 +151,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _sampler(experiment: Experiment, job: Job) -> Callable[[], Tensor]:
+def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable[[], Tensor]:
     """A warmed-up call that draws a job's samples, from the same log-mel and noise for every sampler."""
     recipe, device = experiment.recipe, experiment.device
-    model = experiment.model(job.model)
     length = job.num_samples
     solver: sampling.Solver = sampling.compiled if job.sampler == "compiled" else sampling.cached
     if job.sampler == "naive":

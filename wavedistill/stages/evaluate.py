@@ -39,13 +39,10 @@ def run(experiment: Experiment) -> str:
     write_json(experiment.metrics, result)
     shown = ("pesq_wb", "stoi", "vuv_f1")
     scores = ", ".join(f"{name} {value:.2f}" for name in shown if (value := synthesis["student"][name]) is not None)
-    failed = [
-        f"{name} {'not measurable' if gate['value'] is None else format(gate['value'], '.2f')} ({gate['threshold']:g})"
-        for name, gate in found.items()
-        if not gate["passed"]
-    ]
-    for gate in failed:
-        note(f"evaluate: the student fails the gate {gate}")
+    failed = [name for name, gate in found.items() if not gate["passed"]]
+    for name in failed:
+        measured = "not measurable" if found[name]["value"] is None else f"{found[name]['value']:.2f}"
+        note(f"evaluate: the student fails the gate {name}: {measured}, threshold {found[name]['threshold']:g}")
     return (
         f"teacher {density['teacher_nll_nats_per_sample']:.3f} nats/sample, "
         f"student KL {density['student_kl_nats_per_sample']:.3f}, {scores}, "

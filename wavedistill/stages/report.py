@@ -28,16 +28,16 @@ SYSTEMS = {
     "whisper": "Noise through linear prediction (a whisper)",
 }
 SCORES = {
-    "pesq_wb": ("PESQ-wb", "1 to 4.6, higher is better"),
-    "stoi": ("STOI", "0 to 1, higher is better"),
-    "mcd_db": ("Mel-cepstral distortion, dB", "lower is better"),
-    "lsd_db": ("Log-spectral distance, dB", "lower is better"),
-    "f0_rmse_cents": ("F0 error, cents RMS", "lower is better"),
-    "vuv_f1": ("Voicing, F1", "0 to 1, higher is better"),
-    "periodicity_rmse": ("Error of voicing probability", "lower is better"),
-    "periodicity": ("Periodicity of voiced parts", "a whisper is near 0, speech near 1"),
-    "level_difference_db": ("Level difference, dB", "near 0"),
-    "tilt_difference_db": ("Tilt difference, dB", "near 0"),
+    "pesq_wb": ("PESQ-wb", "1 to 4.6, higher is better", 2),
+    "stoi": ("STOI", "0 to 1, higher is better", 3),
+    "mcd_db": ("Mel-cepstral distortion, dB", "lower is better", 2),
+    "lsd_db": ("Log-spectral distance, dB", "lower is better", 2),
+    "f0_rmse_cents": ("F0 error, cents RMS", "lower is better", 0),
+    "vuv_f1": ("Voicing, F1", "0 to 1, higher is better", 2),
+    "periodicity_rmse": ("Error of voicing probability", "lower is better", 2),
+    "periodicity": ("Periodicity of voiced parts", "a whisper is near 0, speech near 1", 2),
+    "level_difference_db": ("Level difference, dB", "near 0", 2),
+    "tilt_difference_db": ("Tilt difference, dB", "near 0", 2),
 }
 GATES = {
     "level_db": "Level difference, dB, at most",

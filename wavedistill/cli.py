@@ -15,7 +15,6 @@ from wavedistill.config import load_recipe
 from wavedistill.data import random_stream
 from wavedistill.errors import RecipeError, UserError
 from wavedistill.experiment import Experiment, run_stage
-from wavedistill.pitch import track_f0
 from wavedistill.progress import note
 from wavedistill.sampling import sample
 from wavedistill.stages import STAGES
@@ -132,19 +131,17 @@ def _synthesise(loaded: Checkpoint, path: Path, seed: int, temperature: float) -
     """The waveform (T,) for one input file, and how many of its samples clip."""
     settings, context = loaded.recipe.audio, loaded.recipe.conditioning.context
     if path.suffix.lower() == ".npy":
-        mel, f0, gain = audio.pad_frames(audio.read_log_mel(path, settings.n_mels)[None], context), None, 1.0
+        mel, gain = audio.pad_frames(audio.read_log_mel(path, settings.n_mels)[None], context), 1.0
     else:
         samples = audio.pad_to_hops(audio.read(path, settings.sample_rate), settings.hop_length)
         gain = audio.level_gain(samples, settings.level_db)
         mel = audio.LogMel(settings).of_file(samples[None] * gain, context)
-        f0 = None
-        if loaded.model.pitch is not None:
-            f0 = torch.nn.functional.pad(track_f0(samples, settings), (context, context))[None]
     device = next(loaded.model.parameters()).device
     length = (mel.shape[-1] - 2 * context) * settings.hop_length
     noise = loaded.model.base.noise((1, length), random_stream(seed)).to(device) * temperature
     with torch.inference_mode():
-        distribution = loaded.model(mel.to(device), None if f0 is None else f0.to(device))
+        # F0 predicted from the log-mel serves both kinds of input, and sounds better than F0 tracked in a recording.
+        distribution = loaded.model(mel.to(device))
     label = path.name if loaded.kind == "teacher" else None
     wave = sample(distribution, noise, label=label)[0].cpu() / gain
     if not wave.isfinite().all():

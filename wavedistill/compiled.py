@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from wavedistill.flows import Autoregressive, MixtureCdf, StandardNormal
 from wavedistill.models import ConditionerNetwork
 
-NEWTON_STEPS = 100
+NEWTON_STEPS = MixtureCdf.ITERATIONS
 
 
 class CompiledLoop:
@@ -52,15 +52,15 @@ class CompiledLoop:
         missing = [rows - len(output.bias) for output in outputs]
         mixture = flow.elementwise if isinstance(flow.elementwise, MixtureCdf) else None
         self._time = 0
-        self._rows = [
-            *zip(
+        self._rows = list(
+            zip(
                 _array(folded.permute(2, 0, 1, 3)),  # (B, F', layers, 2C)
                 _array(source),  # (B, T, S)
                 np.zeros((batch_size, sum(len(history) for history in state.history), net.channels), _kind(source)),
                 np.zeros((batch_size, 1), _kind(source)),
                 strict=True,
             )
-        ]
+        )
         self._weights = (
             net.repeat if state.context is not None else np.iinfo(np.int64).max,
             np.array(net.dilations),

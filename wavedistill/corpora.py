@@ -122,7 +122,8 @@ def _unpacked(corpus: DebianCorpus) -> FolderCorpus:
         package, *others = sorted(root.glob(f"{corpus.package}_*.deb"))
         if others:
             raise CorpusError(f"{root}: holds several packages {corpus.package}: keep the one with the right sha256")
-        digest = hashlib.sha256(package.read_bytes()).hexdigest()
+        with package.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != corpus.sha256:
             raise CorpusError(f"{package}: its sha256 is {digest}, not corpus.sha256; get the right version: {page}")
         fresh = unpacked.with_suffix(".partial")

@@ -78,7 +78,7 @@ class WaveformModel(nn.Module):
         envelope: log-mel -> the context of linear prediction, or None where `shared` needs none.
         base: the distribution of the noise.
         margin: frames of log-mel needed on either side, the context of the conditioning.
-        pitch: log-mel -> F0, for log-mels that come without; None where the model is not conditioned on F0.
+        pitch: log-mel -> F0, where none is given; None where the model is not conditioned on F0.
         source: F0 -> the signals that the flows' conditioners read beside the past, or None for none.
     """
 
@@ -103,7 +103,10 @@ class WaveformModel(nn.Module):
 
         A model that is conditioned on F0 predicts it from the log-mel where it is not given; others ignore it.
         """
-        residual = self.residual(mel, f0)
+        return self.synthesised(self.residual(mel, f0), mel)
+
+    def synthesised(self, residual: FlowDistribution, mel: Tensor) -> FlowDistribution:
+        """The density of waveforms whose residuals have a given density, with the last transform of a log-mel."""
         transform = Composition([self.flows, self.shared])
         return FlowDistribution(transform, self.base, [residual.context, self.shared_context(mel)])
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavedistill.config import Audio
+from wavedistill.wavenet import normalise_log_mel
 
 PITCH_CHANNELS = 2
 """Of `PitchPredictor.features`."""
@@ -69,9 +70,8 @@ class PeriodicSource(nn.Module):
         frames = f0.shape[1] - 2
         here = f0[:, 1 : 1 + frames]
         before, after = (torch.where(other > 0, other, here) for other in (f0[:, :frames], f0[:, 2:]))
-        place = (
-            torch.arange(self.hop_length, device=f0.device) + 0.5
-        ) / self.hop_length - 0.5  # of a sample in its hop
+        # Of each sample in its hop, from -1/2 to 1/2.
+        place = (torch.arange(self.hop_length, device=f0.device) + 0.5) / self.hop_length - 0.5
         slope = torch.where(place < 0, (here - before)[..., None], (after - here)[..., None])
         hertz = torch.where(here[..., None] > 0, here[..., None] + place * slope, 0.0).flatten(1)  # (B, F * hop)
         periods = (hertz / self.sample_rate).cumsum(1) + (0 if phase is None else phase[:, None])
@@ -86,7 +86,7 @@ class PeriodicSource(nn.Module):
 
 
 class PitchPredictor(nn.Module):
-    """F0 from a log-mel alone, for log-mels that come without: a few convolutions over frames.
+    """F0 from a log-mel alone, where none is given: a few convolutions over frames.
 
     Args:
         settings: of the log-mel.
@@ -136,5 +136,5 @@ class PitchPredictor(nn.Module):
 
     def _logits(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """Of voicing (B, F), and of bins (B, BINS, F)."""
-        logits = self.layers((mel + 5) / 3)
+        logits = self.layers(normalise_log_mel(mel))
         return logits[:, 0], logits[:, 1:]

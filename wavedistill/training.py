@@ -97,8 +97,8 @@ def fit(
         compile_networks(model)
     started, first_step = time.monotonic(), state.step
     # Clipped apart, so that the predictor of F0 leaves the density's steps alone.
-    predictor = [] if model.pitch is None else list(model.pitch.parameters())
-    parameters = [[own for own in model.parameters() if not any(own is other for other in predictor)], predictor]
+    named = [(name.startswith("pitch."), own) for name, own in model.named_parameters()]
+    parameters = [[own for of_predictor, own in named if of_predictor is part] for part in (False, True)]
 
     def validate() -> None:
         values = batches.validate(average)

@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def normalise_log_mel(mel: Tensor) -> Tensor:
+    """The log-mel of speech, which lies in about [-11.5, 2], brought near [-2, 2], where networks like their inputs."""
+    return (mel + 5) / 3
+
+
 class MelEncoder(nn.Module):
     """Turns log-mel frames into conditioning features at a rate between the frames' and the samples'.
 
@@ -34,8 +39,7 @@ class MelEncoder(nn.Module):
 
     def forward(self, mel: Tensor, others: Tensor | None = None) -> Tensor:
         """Log-mel and others (B, ..., F + 2 context) -> features (B, F * prod(upsample[:-1]), channels)."""
-        # Speech log-mel lies in about [-11.5, 2]: bring it near [-2, 2].
-        frames = (mel + 5) / 3
+        frames = normalise_log_mel(mel)
         frames = frames if others is None else torch.cat([frames, others], 1)
         features = F.leaky_relu(self.frames(frames), 0.2).transpose(1, 2)  # (B, F, C)
         for stage in self.upsample:

@@ -11,7 +11,7 @@ from wavedistill import audio, metrics
 from wavedistill.config import Gates, Recipe
 from wavedistill.data import Utterance, dequantise, random_stream, read_f0, read_samples
 from wavedistill.experiment import Experiment, Stage, write_json
-from wavedistill.flows import Composition, FlowDistribution, Scale, StandardNormal
+from wavedistill.flows import FlowDistribution, Scale, StandardNormal
 from wavedistill.losses import monte_carlo_kl, negative_log_likelihood
 from wavedistill.models import WaveformModel, build
 from wavedistill.progress import note, progress
@@ -109,23 +109,22 @@ def densities(
             f0s[i - 1].repeat(1, repeats).roll(away, -1),
         )
         other = teacher.residual(other_mel[..., : mel.shape[-1]], other_f0[:, : mel.shape[-1]])
-        shuffled = FlowDistribution(
-            Composition([teacher.flows, teacher.shared]), teacher.base, [other.context, teacher.shared_context(mel)]
-        )
+        p = teacher.residual(mel, f0)
         for name, density in {
-            "teacher_nll_nats_per_sample": teacher(mel, f0),
+            "teacher_nll_nats_per_sample": teacher.synthesised(p, mel),
             "teacher_nll_before_training": untrained_teacher(mel, f0),
-            "teacher_nll_shuffled_conditioning": shuffled,
+            "teacher_nll_shuffled_conditioning": teacher.synthesised(other, mel),
             "level_gaussian_nll_nats_per_sample": level_gaussian,
         }.items():
             values.setdefault(name, []).append(negative_log_likelihood(density, noisy).item())
-        p = teacher.residual(mel, f0)  # under their common last transform, the KL is the same
+        # Under their common last transform, the KL is that of the residuals.
         for name, model, draws in (
             ("student_kl_nats_per_sample", student, recipe.evaluate.kl_draws),
             ("student_kl_before_training", untrained_student, 1),
         ):
             noise = model.base.noise((draws, len(clip)), random_stream(recipe.seed, DRAW, i)).to(device)
-            estimates = [monte_carlo_kl(model.residual(mel, f0), p, draw[None])[0].item() for draw in noise]
+            q = model.residual(mel, f0)
+            estimates = [monte_carlo_kl(q, p, draw[None])[0].item() for draw in noise]
             values.setdefault(name, []).append(sum(estimates) / draws)
 
     lengths = torch.tensor([len(clip) for clip in clips], dtype=torch.float64)

@@ -52,23 +52,24 @@ def small_flow(reads: str, seed: int = 0, **changes: Any) -> Autoregressive:
     return randomise(flow, seed)
 
 
-def small_model(kind: str) -> WaveformModel:
+def small_model(kind: str, *, pitch: bool = True) -> WaveformModel:
     """A teacher of one flow, or a student of three with a periodic source, then linear prediction.
 
     5 mel bands, a hop of 8, context 1; F0 is predicted, so it is made up but the same for both.
     """
+    source = kind == "student" and pitch
     flows = [small_flow("x")]
     if kind == "student":
-        flows = [small_flow("z", seed, source_channels=SOURCE_CHANNELS) for seed in range(3)]
+        flows = [small_flow("z", seed, source_channels=SOURCE_CHANNELS if source else 0) for seed in range(3)]
     model = WaveformModel(
-        MelEncoder(5, 3, 1, (2, 4), others=PITCH_CHANNELS),
+        MelEncoder(5, 3, 1, (2, 4), others=PITCH_CHANNELS if pitch else 0),
         flows,
         LinearPrediction(8),
         LinearPredictionFromMel(SMALL_AUDIO, 4),
         StandardNormal(),
         margin=1,
-        pitch=PitchPredictor(SMALL_AUDIO, channels=4),
-        source=PeriodicSource(SMALL_AUDIO) if kind == "student" else None,
+        pitch=PitchPredictor(SMALL_AUDIO, channels=4) if pitch else None,
+        source=PeriodicSource(SMALL_AUDIO) if source else None,
     )
     return randomise(model, seed=7)
 

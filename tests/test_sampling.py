@@ -1,5 +1,6 @@
 """Every sampler equals the naive one, which equals the definition."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from tests.conftest import noise, small_flow, small_mel, small_model
 from wavedistill.compiled import _exponential, _solve_mixture
 from wavedistill.flows import Affine, Autoregressive, Elementwise, MixtureCdf, StandardLogistic, StandardNormal
-from wavedistill.sampling import Solver, cached, compiled, invert, naive, sample
+from wavedistill.sampling import Solver, cached, compiled, graphed, invert, naive, sample, stream
 
 SOLVERS = [cached, compiled]
 MIXTURES = [MixtureCdf(StandardNormal()), MixtureCdf(StandardLogistic())]
@@ -120,6 +121,39 @@ def test_student_sampling_is_its_one_pass() -> None:
     q, z = small_model("student")(small_mel(2, 5)), noise(2, 37)
     with torch.no_grad():
         assert torch.equal(sample(q, z), q.rsample_and_log_prob(z)[0])
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 5, 40])
+@pytest.mark.parametrize("pitch", [True, False])
+def test_a_stream_equals_one_pass(pieces: int, pitch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The past of every layer, of linear prediction and of the source's phase cross the borders of blocks."""
+    monkeypatch.setattr("wavedistill.sampling.STREAM_BLOCK", 24)
+    model = small_model("student", pitch=pitch)
+    mel, z = small_mel(2, 38), noise(2, 38 * 8)
+    given = iter(z.split(8, 1))
+    blocks = list(stream(model, mel.split(pieces, -1), lambda n: torch.cat([next(given) for _ in range(n // 8)], 1)))
+    assert max(block.shape[1] for block in blocks) <= 24
+    torch.testing.assert_close(torch.cat(blocks, 1), sample(model(mel), z), rtol=0, atol=1e-9)
+
+
+def test_a_sequential_model_cannot_be_streamed() -> None:
+    with pytest.raises(ValueError, match="parallel"):
+        next(stream(small_model("teacher"), [small_mel(1, 5)], lambda n: noise(1, n)))
+
+
+def test_recorded_steps_equal_naive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the recording itself, which needs a GPU: whole blocks on buffers that stay, after a trial run."""
+
+    def record(run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        return run
+
+    monkeypatch.setattr("wavedistill.sampling._record", record)
+    monkeypatch.setattr("wavedistill.sampling.STEPS_BLOCK", 10)
+    flow, z = small_flow("x", source_channels=2), noise(2, 37)
+    context = (noise(2, 10, 3), noise(2, 40, 2))
+    with torch.no_grad():
+        assert (graphed(flow, z, context) - naive(flow, z, context)).abs().max() < 1e-9
 
 
 def test_naive_from_a_later_start_costs_only_what_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:

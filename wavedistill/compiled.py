@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from wavedistill.flows import Autoregressive, MixtureCdf, StandardNormal
 from wavedistill.models import ConditionerNetwork
+from wavedistill.wavenet import WaveNetState
 
 NEWTON_STEPS = MixtureCdf.ITERATIONS
 
@@ -41,12 +42,13 @@ class CompiledLoop:
         net = conditioner.wavenet
         if net.input.weight.device.type != "cpu":
             raise ValueError(f"the compiled loop runs on the CPU, and the network is on {net.input.weight.device}")
-        state = net.initial_state(batch_size, *context)
+        features, source = (*context, None, None)[:2]
+        projected, state = net.project(features), WaveNetState(net, batch_size, 0)
         gates, outputs = (cast(list[nn.Linear], list(each)) for each in (net.gates, net.outputs))
         biases = torch.stack([gate.bias for gate in gates])[:, None]  # (layers, 1, 2C)
         # Without conditioning, one feature for all time.
-        folded = biases.expand(1, -1, batch_size, -1) if state.context is None else state.context + biases
-        source = net.input.weight.new_zeros(batch_size, 0, 0) if state.source is None else state.source.transpose(0, 1)
+        folded = biases.expand(1, -1, batch_size, -1) if projected is None else projected + biases
+        source = net.input.weight.new_zeros(batch_size, 0, 0) if source is None else source
         # The last layer has no residual path: it gets one of zeros, so that all layers look alike.
         rows = net.skip_channels + net.channels
         missing = [rows - len(output.bias) for output in outputs]
@@ -62,7 +64,7 @@ class CompiledLoop:
             )
         )
         self._weights = (
-            net.repeat if state.context is not None else np.iinfo(np.int64).max,
+            net.repeat if projected is not None else np.iinfo(np.int64).max,
             np.array(net.dilations),
             net.kernel_size,
             _array(net.input.weight.t()),

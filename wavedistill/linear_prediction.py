@@ -38,14 +38,17 @@ class LinearPrediction(Transform):
         super().__init__()
         self.hop_length = hop_length
 
-    def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Context = None, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `Transform.forward`, after a past (B, any length) of x where z continues a sequence."""
         coefficients, log_gain = context
+        order = coefficients.shape[-1]
         if coefficients.shape[1] * self.hop_length < z.shape[1]:
             raise ValueError(f"{coefficients.shape[1]} frames of {self.hop_length} samples do not cover {z.shape[1]}")
         coefficients = coefficients.expand(len(z), -1, -1)
         log_gain = self._per_sample(log_gain, z.shape[1]).expand(len(z), -1)
+        past = z.new_zeros(len(z), order) if past is None else F.pad(past, (order, 0))[:, past.shape[1] :]
         filtered = _Synthesis.apply if z.device.type == "cpu" else synthesise_by_frames
-        return filtered(z * log_gain.exp(), coefficients, self.hop_length), log_gain
+        return filtered(z * log_gain.exp(), coefficients, self.hop_length, past), log_gain
 
     def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         coefficients, log_gain = context
@@ -142,7 +145,7 @@ def levinson_durbin(autocorrelation: Tensor) -> tuple[Tensor, Tensor]:
     return coefficients, error
 
 
-def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: int) -> Tensor:
+def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: int, past: Tensor) -> Tensor:
     """The all-pole filter of `_Synthesis` in parallel over the samples of a frame, for devices that like that better.
 
     Within a frame the filter is constant: its output is the excitation convolved with the impulse response, plus what
@@ -153,6 +156,7 @@ def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: i
         excitation: (B, T).
         coefficients: (B, F, K), for at least T / hop_length frames, with K at most hop_length.
         hop_length: samples a frame.
+        past: (B, K) the output before.
     """
     length, order = excitation.shape[1], coefficients.shape[-1]
     frames = math.ceil(length / hop_length)
@@ -168,7 +172,7 @@ def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: i
     size = 2 * hop_length
     spectrum = torch.fft.rfft(blocks, size) * torch.fft.rfft(response[..., order], size)
     forced, ringing = torch.fft.irfft(spectrum, size)[..., :hop_length], response[..., :order]
-    past, out = blocks.new_zeros(len(blocks), order), []
+    past, out = past.double(), []
     for f in range(frames):
         x = forced[:, f] + (ringing[:, f] @ past.unsqueeze(-1)).squeeze(-1)
         past = x[:, hop_length - order :]
@@ -177,34 +181,35 @@ def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: i
 
 
 class _Synthesis(torch.autograd.Function):
-    r"""The all-pole filter :math:`x_t = \sum_k a_k x_{t-k} + u_t`, differentiable in u.
+    r"""The all-pole filter :math:`x_t = \sum_k a_k x_{t-k} + u_t` after a past (B, K) of x, differentiable in u.
 
     On the CPU. The gradient is the transposed filter, run backwards:
     :math:`\lambda_t = \partial_t + \sum_k a_k^{(t+k)} \lambda_{t+k}`.
     """
 
     @staticmethod
-    def forward(ctx: Any, excitation: Tensor, coefficients: Tensor, hop_length: int) -> Tensor:
+    def forward(ctx: Any, excitation: Tensor, coefficients: Tensor, hop_length: int, past: Tensor) -> Tensor:
         ctx.coefficients, ctx.hop_length = coefficients.numpy(), hop_length
-        x = excitation.detach().numpy().copy()
+        x = torch.cat([past, excitation.detach()], 1).numpy()
         _filter(x, ctx.coefficients, hop_length)
-        return torch.from_numpy(x)
+        return torch.from_numpy(x[:, past.shape[1] :])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         adjoint = grad.numpy().copy()
         _filter_transposed(adjoint, ctx.coefficients, ctx.hop_length)
-        return torch.from_numpy(adjoint), None, None
+        return torch.from_numpy(adjoint), None, None, None
 
 
 @numba.njit(cache=True, nogil=True)
 def _filter(x: np.ndarray, a: np.ndarray, hop: int) -> None:
-    """Replace the excitation x (B, T) by the output of the filter a (B, F, K)."""
+    """Replace the excitation, in x (B, K + T) after the past, by the output of the filter a (B, F, K)."""
+    order = a.shape[2]
     for b in range(x.shape[0]):
-        for t in range(x.shape[1]):
+        for t in range(order, x.shape[1]):
             total = x[b, t]
-            for k in range(min(a.shape[2], t)):
-                total += a[b, t // hop, k] * x[b, t - 1 - k]
+            for k in range(order):
+                total += a[b, (t - order) // hop, k] * x[b, t - 1 - k]
             x[b, t] = total
 
 

@@ -41,18 +41,17 @@ class ConditionerNetwork(nn.Module):
         super().__init__()
         self.wavenet, self.min_log_scale = wavenet, min_log_scale
 
-    def forward(self, x: Tensor, context: tuple[Tensor | None, ...] = ()) -> Parameters:
-        """The parameters at every t, from x (B, T) before t; the context is what `WaveNet` takes."""
-        return self._split(self.wavenet(x, *context))
+    def forward(
+        self, x: Tensor, context: tuple[Tensor | None, ...] = (), state: WaveNetState | None = None
+    ) -> Parameters:
+        """The parameters at every t, from x (B, T) before t; context and state are what `WaveNet` takes."""
+        return self._split(self.wavenet(x, *context, state=state))
 
-    def initial_state(self, batch_size: int, context: tuple[Tensor | None, ...] = ()) -> WaveNetState:
-        """The state before the first `step`."""
-        return self.wavenet.initial_state(batch_size, *context)
-
-    def step(self, previous: Tensor, state: WaveNetState) -> tuple[Parameters, WaveNetState]:
-        """The parameters at the next t, from x_{t-1} (B,)."""
-        out, state = self.wavenet.step(previous, state)
-        return self._split(out), state
+    def step(
+        self, previous: Tensor, state: WaveNetState, context: Tensor | None = None, source: Tensor | None = None
+    ) -> Parameters:
+        """The parameters at the next t, from x_{t-1} (B,), as `WaveNet.step`."""
+        return self._split(self.wavenet.step(previous, state, context, source))
 
     def _split(self, out: Tensor) -> Parameters:
         if out.shape[-1] == 2:
@@ -112,7 +111,10 @@ class WaveformModel(nn.Module):
 
     def residual(self, mel: Tensor, f0: Tensor | None = None) -> FlowDistribution:
         """The density of residuals (B, F * hop_length), with the conditioning as in `forward`."""
-        return FlowDistribution(self.flows, self.base, [self._context(mel, f0)] * len(self.flows.parts))
+        if f0 is None and self.pitch is not None:
+            f0 = self.pitch(mel)
+        context, _ = self.context(mel, f0)
+        return FlowDistribution(self.flows, self.base, [context] * len(self.flows.parts))
 
     @property
     def flops_per_sample(self) -> float:
@@ -132,13 +134,23 @@ class WaveformModel(nn.Module):
         cut = audio.shape[1] // mel.shape[-1] * self.margin
         return residual[:, cut : audio.shape[1] - cut], ladj[:, cut : audio.shape[1] - cut]
 
-    def _context(self, mel: Tensor, f0: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Features and source, as every conditioner takes them."""
-        if self.pitch is None:
-            return (self.encoder(mel),)
-        f0 = self.pitch(mel) if f0 is None else f0
-        source = None if self.source is None else self.source(f0[:, self.margin - 1 : f0.shape[1] - self.margin + 1])[0]
-        return self.encoder(mel, self.pitch.features(f0)), source
+    def context(
+        self, mel: Tensor, f0: Tensor | None, phase: Tensor | None = None
+    ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """Features and source, as every conditioner takes them, and the phase of the source after them.
+
+        Args:
+            mel: log-mel (B, n_mels, F + 2 context).
+            f0: (B, F + 2 context) in Hz; ignored by a model that is not conditioned on it.
+            phase: of the source before them, as the call for the frames before gave it.
+        """
+        if self.pitch is None or f0 is None:
+            return (self.encoder(mel),), None
+        features = self.encoder(mel, self.pitch.features(f0))
+        if self.source is None:
+            return (features, None), None
+        source, phase = self.source(f0[:, self.margin - 1 : f0.shape[1] - self.margin + 1], phase)
+        return (features, source), phase
 
     def _envelope(self, mel: Tensor) -> Context:
         return None if self.envelope is None else self.envelope(mel)

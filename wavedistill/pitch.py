@@ -20,6 +20,8 @@ SOURCE_CHANNELS = 4
 """Of `PeriodicSource`."""
 BINS = 64
 """Into which `PitchPredictor` divides the range of F0, logarithmically."""
+PITCH_CONTEXT = 4
+"""Frames that `PitchPredictor` sees on either side."""
 
 
 def track_f0(audio: Tensor, settings: Audio) -> Tensor:
@@ -98,10 +100,11 @@ class PitchPredictor(nn.Module):
     def __init__(self, settings: Audio, channels: int = 128) -> None:
         super().__init__()
         self.low, self.high = math.log(settings.f0_min), math.log(settings.f0_max)
+        padding = PITCH_CONTEXT // 2
         self.layers = nn.Sequential(
-            nn.Conv1d(settings.n_mels, channels, 5, padding=2, padding_mode="replicate"),
+            nn.Conv1d(settings.n_mels, channels, 2 * padding + 1, padding=padding, padding_mode="replicate"),
             nn.LeakyReLU(0.2),
-            nn.Conv1d(channels, channels, 5, padding=2, padding_mode="replicate"),
+            nn.Conv1d(channels, channels, 2 * padding + 1, padding=padding, padding_mode="replicate"),
             nn.LeakyReLU(0.2),
             nn.Conv1d(channels, BINS + 1, 1),
         )

@@ -4,18 +4,25 @@ An autoregressive bijection has one direction that takes T steps: there, the con
 being produced (x of the teacher, or z of a student flow that is inverted). A `Solver` computes that direction.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from wavedistill.compiled import CompiledLoop
-from wavedistill.flows import Autoregressive, Composition, Context, FlowDistribution, Parameters, Transform
-from wavedistill.models import ConditionerNetwork
+from wavedistill.flows import Affine, Autoregressive, Composition, Context, FlowDistribution, Parameters, Transform
+from wavedistill.linear_prediction import LinearPrediction
+from wavedistill.models import ConditionerNetwork, WaveformModel
+from wavedistill.pitch import PITCH_CONTEXT
 from wavedistill.progress import progress
+from wavedistill.wavenet import WaveNetState
 
 BLOCK = 4096
 """Steps that the compiled loop takes between two looks at the progress."""
+STEPS_BLOCK = 128
+"""Steps that the cached sampler takes on the same buffers, at least."""
+STREAM_BLOCK = 1600
+"""Samples of a student's block, at most: its activations fit into a core's cache."""
 Solver = Callable[[Autoregressive, Tensor, tuple[Tensor | None, ...], str | None], Tensor]
 
 
@@ -53,16 +60,32 @@ def naive(
 
 
 def cached(flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None) -> Tensor:
-    """The sequential direction of one flow, one network step a sample with ring buffers; arguments as in `naive`."""
-    conditioner = conditioner_of(flow)
-    state = conditioner.initial_state(len(given), context)
-    given_steps = given.t().contiguous()  # (B, T) -> (T, B)
-    out = torch.empty_like(given_steps)
-    previous = torch.zeros_like(given_steps[0])
-    for t in _steps(0, len(given_steps), label):
-        parameters, state = conditioner.step(previous, state)
-        previous = out[t] = _solve(flow, given_steps[t], parameters)
-    return out.t()
+    """The sequential direction of one flow, one network step a sample on buffers of the past; arguments as `naive`."""
+    steps = _Steps(flow, given, context)
+    return steps.all(given, context, label, steps.run)
+
+
+def graphed(
+    flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None
+) -> Tensor:
+    """As `cached`, with a block of steps recorded once as a CUDA graph and replayed: for affine flows on a GPU."""
+    steps = _Steps(flow, given, context)
+    replay = _record(lambda: steps.run(steps.size))
+    steps.reset()
+    return steps.all(given, context, label, lambda count: replay())
+
+
+def _record(run: Callable[[], None]) -> Callable[[], None]:
+    """What does on a GPU, in one go, what a function does without ever looking at a value."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # libraries set themselves up before a recording, not in it
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def compiled(
@@ -78,7 +101,10 @@ def fastest(
     flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None
 ) -> Tensor:
     """The sequential direction of one flow by the fastest solver of its device; arguments as in `naive`."""
-    return (compiled if given.device.type == "cpu" else cached)(flow, given, context, label)
+    if given.device.type == "cpu":
+        return compiled(flow, given, context, label)
+    # The search of a mixture's inverse ends where its values say so, which a recording cannot.
+    return (graphed if isinstance(flow.elementwise, Affine) else cached)(flow, given, context, label)
 
 
 @torch.inference_mode()
@@ -94,6 +120,77 @@ def sample(distribution: FlowDistribution, noise: Tensor, solver: Solver = faste
         else:
             x, _ = part(x, context)
     return x
+
+
+@torch.inference_mode()
+def stream(model: WaveformModel, mel: Iterable[Tensor], noise: Callable[[int], Tensor]) -> Iterator[Tensor]:
+    """The waveform of a parallel model block by block, equal to that of one pass, in memory that does not grow.
+
+    Every block goes through all flows while it is in the processor's caches, which makes this the fastest way on a CPU
+    too. What follows a frame by up to the conditioning's context, and four frames more where F0 is predicted, has to be
+    known before its samples are.
+
+    Args:
+        model: a student.
+        mel: pieces (B, n_mels, any number of frames) of what the model would be called with, padding included.
+        noise: gives the next n values (B, n) of the base noise.
+
+    Yields:
+        Blocks (B, n) of the waveform, each a whole number of hops; together F * hop_length samples.
+
+    Raises:
+        ValueError: if the model has a flow that samples step by step.
+    """
+    draw, margin = _ParallelBlocks(model, noise), model.margin
+    ahead = PITCH_CONTEXT if model.pitch else 0
+    # The frames that are known and still needed, the number of the first of them, and of the next to become a block.
+    known, first, following = None, 0, 0
+    for piece, is_last in _with_last(mel):
+        known = piece if known is None else torch.cat([known, piece], -1)
+        ready = first + known.shape[-1] - 2 * margin - (0 if is_last else ahead)
+        while following < ready:
+            count = min(draw.most_frames, ready - following) + 2 * margin
+            f0 = None
+            if model.pitch is not None:
+                begin = max(0, following - ahead)
+                f0 = model.pitch(known[..., begin - first : following - first + count + ahead])
+                f0 = f0[:, following - begin :][:, :count]
+            yield draw(known[..., following - first :][..., :count], f0)
+            following += count - 2 * margin
+        unused = max(0, following - ahead - first)
+        known, first = known[..., unused:], first + unused
+
+
+class _ParallelBlocks:
+    """Consecutive blocks of a parallel model's waveform; arguments as in `stream`."""
+
+    def __init__(self, model: WaveformModel, noise: Callable[[int], Tensor]) -> None:
+        self.model, self.noise = model, noise
+        self.flows = [part for part in model.flows.parts if isinstance(part, Autoregressive)]
+        if any(flow.reads == "x" for flow in self.flows):
+            raise ValueError("only parallel models can be streamed: a masked autoregressive flow samples step by step")
+        self.most_frames = max(1, STREAM_BLOCK // model.encoder.hop_length)
+        self._states: list[WaveNetState] = []
+        self._phase: Tensor | None = None
+        self._tail: Tensor | None = None
+
+    def __call__(self, mel: Tensor, f0: Tensor | None) -> Tensor:
+        """The next F * hop_length samples, from log-mel (B, n_mels, F + 2 context) and F0 (B, F + 2 context)."""
+        model, nets = self.model, [conditioner_of(flow) for flow in self.flows]
+        context, self._phase = model.context(mel, f0, self._phase)
+        x = self.noise((mel.shape[-1] - 2 * model.margin) * model.encoder.hop_length)
+        if not self._states:
+            room = self.most_frames * model.encoder.hop_length
+            self._states = [WaveNetState(net.wavenet, len(x), room) for net in nets]
+        for flow, net, state in zip(self.flows, nets, self._states, strict=True):
+            x, _ = flow.elementwise.to_x(x, *net(x, context, state))
+        if not isinstance(model.shared, LinearPrediction):
+            return model.shared(x)[0]
+        coefficients, log_gain = model.shared_context(mel)
+        x, _ = model.shared(x, (coefficients, log_gain), self._tail)
+        heard = x if self._tail is None else torch.cat([self._tail, x], 1)
+        self._tail = heard[:, -coefficients.shape[-1] :]
+        return x
 
 
 @torch.inference_mode()
@@ -129,8 +226,84 @@ def conditioner_of(flow: Autoregressive) -> ConditionerNetwork:
     return flow.conditioner
 
 
+class _Steps:
+    """A block of steps in the sequential direction of a flow, on buffers that stay in place, as a recording needs them.
+
+    Attributes:
+        given, out: (size, B) the known side, and the other.
+        context: (size / repeat, layers, B, 2 channels) projected features, or None.
+        source: (size, B, S), or None.
+    """
+
+    def __init__(self, flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...]) -> None:
+        features, source = (*context, None, None)[:2]
+        self.flow, self.conditioner = flow, conditioner_of(flow)
+        net, batch_size = self.conditioner.wavenet, len(given)
+        self.repeat = net.repeat
+        self.size = -(-STEPS_BLOCK // net.repeat) * net.repeat
+        self.state = WaveNetState(net, batch_size, self.size)
+        self.given, self.out = (given.new_zeros(self.size, batch_size) for _ in range(2))
+        projected = net.project(None if features is None else features[:, :1])
+        self.context = None if projected is None else projected.repeat(self.size // net.repeat, 1, 1, 1)
+        self.source = None if source is None else source.new_zeros(self.size, batch_size, source.shape[-1])
+        self.previous = given.new_zeros(batch_size)
+
+    def load(self, given: Tensor, features: Tensor | None, source: Tensor | None) -> None:
+        """Put in what the next steps need, each (B, ...) and for at most `size` of them."""
+        self.given[: given.shape[1]] = given.t()
+        projected = self.conditioner.wavenet.project(features)
+        if self.context is not None and projected is not None:
+            self.context[: len(projected)] = projected
+        if self.source is not None and source is not None:
+            self.source[: source.shape[1]] = source.transpose(0, 1)
+
+    def run(self, count: int) -> None:
+        """The next steps."""
+        previous = self.previous
+        for i in range(count):
+            context = None if self.context is None else self.context[i // self.repeat]
+            source = None if self.source is None else self.source[i]
+            parameters = self.conditioner.step(previous, self.state, context, source)
+            previous = self.out[i] = _solve(self.flow, self.given[i], parameters)
+        self.previous.copy_(previous)
+        self.state.advance(count)
+
+    def reset(self) -> None:
+        """Forget the past."""
+        for buffer in (self.previous, *self.state.history):
+            buffer.zero_()
+
+    def all(
+        self, given: Tensor, context: tuple[Tensor | None, ...], label: str | None, run: Callable[[int], None]
+    ) -> Tensor:
+        """The other side (B, T) of a whole known side (B, T), where `run` takes the steps that are loaded."""
+        features, source = (*context, None, None)[:2]
+        out = torch.empty_like(given)
+        for t in _steps(0, given.shape[1], label, self.size):
+            block = slice(t, t + self.size)
+            rows = slice(t // self.repeat, (t + self.size) // self.repeat)
+            here = given[:, block]
+            self.load(
+                here, None if features is None else features[:, rows], None if source is None else source[:, block]
+            )
+            run(here.shape[1])
+            out[:, block] = self.out[: here.shape[1]].t()
+        return out
+
+
 def _solve(flow: Autoregressive, given: Tensor, parameters: Parameters) -> Tensor:
     return (flow.elementwise.to_x if flow.reads == "x" else flow.elementwise.to_z)(given, *parameters)[0]
+
+
+def _with_last(pieces: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Each piece, and whether it is the last."""
+    previous = None
+    for piece in pieces:
+        if previous is not None:
+            yield previous, False
+        previous = piece
+    if previous is not None:
+        yield previous, True
 
 
 def _steps(start: int, stop: int, label: str | None, stride: int = 1) -> Iterable[int]:

@@ -1,11 +1,11 @@
 """The conditioner network: strictly causal dilated convolutions, over a whole sequence or one step at a time.
 
 The causal shift lives here and nowhere else. Inside, activations are time-major (T, B, C): a delay is then a
-contiguous slice for every batch size, and a dilated convolution is one matrix product of the stacked taps.
+contiguous slice for every batch size, and a dilated convolution is one matrix product a tap, of slices.
 """
 
 import math
-from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ class MelEncoder(nn.Module):
     def __init__(self, n_mels: int, channels: int, context: int, upsample: tuple[int, ...], others: int = 0) -> None:
         super().__init__()
         self.frames = nn.Conv1d(n_mels + others, channels, 2 * context + 1)
+        self.hop_length = math.prod(upsample)
         self.upsample = nn.ModuleList(nn.Linear(channels, scale * channels) for scale in upsample[:-1])
 
     def forward(self, mel: Tensor, others: Tensor | None = None) -> Tensor:
@@ -48,21 +49,29 @@ class MelEncoder(nn.Module):
         return features
 
 
-@dataclass
 class WaveNetState:
-    """What one-step evaluation remembers: a ring buffer of hidden values per layer, and the projected conditioning.
+    """What a network remembers of a sequence that it is given block by block: zeros at the start, as training pads.
 
     Attributes:
-        history: per layer (dilation * (kernel_size - 1), B, channels); zero at the start, as training pads.
-        context: (F', layers, B, 2 channels) projected conditioning, or None without conditioning.
-        source: (T, B, source_channels) inputs beside the past, or None.
-        time: the index t of the step that comes next.
+        previous: (B, 1) the last input of the block before.
+        history: per layer ((kernel_size - 1) * dilation + room, B, channels), its inputs before the block, and room for
+            those of the block.
+        position: steps of the block that are done.
     """
 
-    history: list[Tensor]
-    context: Tensor | None
-    source: Tensor | None
-    time: int = 0
+    def __init__(self, net: "WaveNet", batch_size: int, room: int) -> None:
+        self._past = [(net.kernel_size - 1) * dilation for dilation in net.dilations]
+        zeros = net.input.weight.new_zeros
+        self.previous = zeros(batch_size, 1)
+        self.history = [zeros(past + room, batch_size, net.channels) for past in self._past]
+        self.position = 0
+
+    def advance(self, steps: int) -> None:
+        """End a block of so many steps: its last hidden values become the past of the next."""
+        for history, past in zip(self.history, self._past, strict=True):
+            kept = history[steps : steps + past]
+            history[:past] = kept if steps >= past else kept.clone()
+        self.position = 0
 
 
 class WaveNet(nn.Module):
@@ -129,73 +138,94 @@ class WaveNet(nn.Module):
         """How many input values before t the output at t can see."""
         return 1 + (self.kernel_size - 1) * sum(self.dilations)
 
-    def forward(self, x: Tensor, features: Tensor | None = None, source: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        features: Tensor | None = None,
+        source: Tensor | None = None,
+        state: WaveNetState | None = None,
+    ) -> Tensor:
         """Outputs (B, T, out_channels) for every t of x (B, T).
 
         Args:
             x: the signal whose past is read.
             features: (B, at least T / repeat, feature_channels), or None for an unconditional network.
             source: (B, at least T, source_channels), or None where these are 0.
+            state: what came before x, which is replaced by what comes before the next block; without gradient. Every
+                block but the last has a multiple of `repeat` steps. None for a whole sequence.
         """
-        length = x.shape[1]
+        batch_size, length = x.shape
         padded = math.ceil(length / self.repeat) * self.repeat
-        past = F.pad(x, (1, padded - length - 1))  # the causal shift: position t holds x_{t-1}
-        inputs = past.t().unsqueeze(-1)  # (B, T) -> (T, B, 1)
+        before = x.new_zeros(batch_size, 1) if state is None else state.previous
+        # The causal shift: position t holds x_{t-1}.
+        inputs = F.pad(torch.cat([before, x[:, : length - 1]], 1), (0, padded - length)).t().unsqueeze(-1)  # (T, B, 1)
         if source is not None:
             beside = F.pad(source[:, :length], (0, 0, 0, padded - length))
             inputs = torch.cat([inputs, beside.transpose(0, 1)], -1)
-        h = self.input(inputs)  # (T, B, C)
-        context = self._project(features)
+        h = self.input(inputs).flatten(0, 1)  # (T * B, C)
+        context = self.project(features)
         skip = h.new_zeros(())
         for i, dilation in enumerate(self.dilations):
-            taps = [F.pad(h, (0, 0, 0, 0, k * dilation, 0))[:padded] for k in range(self.kernel_size - 1, 0, -1)]
-            y = self.gates[i](torch.cat([*taps, h], -1))  # (T, B, 2C)
+            past = (self.kernel_size - 1) * dilation
+            if state is None:
+                extended = F.pad(h, (0, 0, past * batch_size, 0))
+            else:
+                state.history[i][past : past + padded] = h.view(padded, batch_size, -1)
+                extended = state.history[i].flatten(0, 1)
+            delays = [extended[k * dilation * batch_size :][: len(h)] for k in range(self.kernel_size - 1)]
+            y = self._gates(i, [*delays, h])
             if context is not None:
-                blocks = y.view(-1, self.repeat, *y.shape[1:])
-                y = (blocks + context[: len(blocks), i, None]).view_as(y)
+                blocks = y.view(-1, self.repeat, batch_size, y.shape[1])
+                blocks += context[: len(blocks), i, None]
             h, skip = self._layer(i, y, h, skip)
-        return self._head(skip)[:length].transpose(0, 1)  # (T, B, out) -> (B, T, out)
+        if state is not None:
+            state.previous = x[:, -1:]
+            state.advance(length)
+        return self._head(skip).view(padded, batch_size, -1)[:length].transpose(0, 1)  # (T, B, out) -> (B, T, out)
 
-    def initial_state(
-        self, batch_size: int, features: Tensor | None = None, source: Tensor | None = None
-    ) -> WaveNetState:
-        """A preallocated state before the first step, for features (B, F', C) and source (B, T, source_channels)."""
-        return WaveNetState(
-            history=[
-                self.input.weight.new_zeros((self.kernel_size - 1) * dilation, batch_size, self.channels)
-                for dilation in self.dilations
-            ],
-            context=self._project(features),
-            source=None if source is None else source.transpose(0, 1).contiguous(),
-        )
+    def step(
+        self, previous: Tensor, state: WaveNetState, context: Tensor | None = None, source: Tensor | None = None
+    ) -> Tensor:
+        """Outputs (B, out_channels) of the next step of a block, from x_{t-1} (B,); notes its hidden values.
 
-    def step(self, previous: Tensor, state: WaveNetState) -> tuple[Tensor, WaveNetState]:
-        """Outputs (B, out_channels) at t = state.time from x_{t-1} (B,), zero at t = 0; updates the state in place."""
-        time = state.time
+        Args:
+            previous: the value before, zero at t = 0.
+            state: with room for the step.
+            context: (layers, B, 2 channels) of the step, from `project`.
+            source: (B, source_channels) of the step.
+        """
         inputs = previous.unsqueeze(-1)
-        if state.source is not None:
-            inputs = torch.cat([inputs, state.source[time]], -1)
-        h = torch.addmm(self.input.bias, inputs, self.input.weight.t())  # (B, C)
-        context = None if state.context is None else state.context[time // self.repeat]
+        if source is not None:
+            inputs = torch.cat([inputs, source], -1)
+        h = self.input(inputs)  # (B, C)
         skip = h.new_zeros(())
         for i, dilation in enumerate(self.dilations):
             history = state.history[i]
-            taps = [history[(time - k * dilation) % len(history)] for k in range(self.kernel_size - 1, 0, -1)]
-            y = self.gates[i](torch.cat([*taps, h], -1))
+            first = state.position
+            history[first + (self.kernel_size - 1) * dilation] = h
+            y = self._gates(i, [*(history[first + k * dilation] for k in range(self.kernel_size - 1)), h])
             if context is not None:
-                y = y + context[i]
-            history[time % len(history)] = h
+                y += context[i]
             h, skip = self._layer(i, y, h, skip)
-        state.time = time + 1
-        return self._head(skip), state
+        state.position += 1
+        return self._head(skip)
 
-    def _project(self, features: Tensor | None) -> Tensor | None:
+    def project(self, features: Tensor | None) -> Tensor | None:
         """Features (B, F', C) -> one bias per layer (F', layers, B, 2 channels)."""
         if self.context is None:
             return None
         if features is None:
             raise ValueError("this network is conditional: it needs features")
         return self.context(features.transpose(0, 1)).unflatten(-1, (len(self.gates), -1)).transpose(1, 2)
+
+    def _gates(self, i: int, taps: list[Tensor]) -> Tensor:
+        """The dilated convolution of layer i, one product a tap (N, C), summed in place: nothing is stacked."""
+        gates = cast(nn.Linear, self.gates[i])
+        first, *others = gates.weight.split(self.channels, 1)
+        y = F.linear(taps[0], first, gates.bias)
+        for tap, weight in zip(taps[1:], others, strict=True):
+            y.addmm_(tap, weight.t())
+        return y
 
     def _layer(self, i: int, y: Tensor, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         filtered, gate = y.chunk(2, -1)

@@ -34,7 +34,7 @@ def fails(code: int, message: str, *arguments: str | Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-SYSTEMS = {"recorded", "teacher", "student", "student_from_mel", "griffin_lim", "whisper"}
+SYSTEMS = {"recorded", "teacher", "student", "griffin_lim", "whisper"}
 
 
 @pytest.fixture(scope="session")

@@ -49,19 +49,31 @@ def train(tmp_path: Path, recipe: Recipe) -> Train:
     both = Manifest(audio=recipe.audio, utterances=[first, second.model_copy(update={"split": "valid"})])
 
     def run(
-        folder: str, hook: Callable[[int], None] = lambda _: None, steps: int = STEPS, fingerprint: str = "a"
+        folder: str,
+        hook: Callable[[int], None] = lambda _: None,
+        steps: int = STEPS,
+        fingerprint: str = "a",
+        given: Mapping[str, Tensor] | None = None,
     ) -> Outcome:
         count = itertools.count(1)
 
         def terms(model: WaveformModel, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
             hook(next(count))
+            density = model(batch.mel, batch.f0)
+            assert model.pitch is not None
             return {
-                "nll": negative_log_likelihood(model(batch.mel, batch.f0), dequantise(batch.audio, generator)).mean()
+                "nll": negative_log_likelihood(density, dequantise(batch.audio, generator)).mean(),
+                "pitch": model.pitch.loss(batch.mel, batch.f0),
             }
 
         settings = recipe.teacher.training.model_copy(update={"steps": steps})
         task = Task(
-            "teacher", settings, terms, {"nll": 1.0}, lambda model, batch: sample(model(batch.mel), torch.zeros(1, 800))
+            "teacher",
+            settings,
+            terms,
+            {"nll": 1.0},
+            lambda model, batch: sample(model(batch.mel), torch.zeros(1, 800)),
+            given or {},
         )
         return fit(
             task,
@@ -249,7 +261,7 @@ def test_the_bound_of_log_scale_never_stops_the_gradient(tiny: Recipe) -> None:
     conditioner = flow.conditioner
     with torch.no_grad():
         conditioner.wavenet.head.bias[1] = -20.0
-    _, log_scale = conditioner(torch.zeros(1, 8), model._context(torch.zeros(1, tiny.audio.n_mels, 3), None))
+    _, log_scale = conditioner(torch.zeros(1, 8), model.residual(torch.zeros(1, tiny.audio.n_mels, 3)).context[0])
     assert (log_scale >= tiny.teacher.min_log_scale).all()
     log_scale.sum().backward()
     assert conditioner.wavenet.head.bias.grad[1] > 0
@@ -267,3 +279,13 @@ def test_the_predictor_of_f0_leaves_the_density_s_steps_alone(
     assert a["best_objective"] == b["best_objective"] == outcome.valid["nll"]
     for name, value in a["model"].items():
         assert torch.equal(value, b["model"][name]) or name.startswith("pitch."), name
+
+
+def test_weights_that_are_given_stay_as_they_are(tmp_path: Path, train: Train) -> None:
+    """As a student's predictor of F0, which is the teacher's."""
+    train("teacher", steps=3)
+    given = {name: value for name, value in weights(tmp_path / "teacher").items() if name.startswith("pitch.")}
+    assert given
+    train("student", steps=6, given=given)
+    found = weights(tmp_path / "student")
+    assert all(torch.equal(found[name], value) for name, value in given.items())

@@ -20,8 +20,9 @@ from wavedistill.models import WaveformModel
 class Distillation:
     """The terms of a recipe's `student.loss` that have a weight, for a student and a batch.
 
-    Teacher and student end in the same transform of the residual, under which a KL is invariant: the densities are
-    compared on the residual, spectra on the waveform.
+    Both are given the log-mel alone, as whoever uses the student has it, and predict F0 from it by the same network,
+    whose errors matter less than those of a tracker. They end in the same transform of the residual, under which a KL
+    is invariant: the densities are compared on the residual, spectra on the waveform.
 
     Args:
         teacher: the trained teacher, frozen; gradients pass through it to the student's sample.
@@ -36,7 +37,7 @@ class Distillation:
     def terms(self, student: WaveformModel, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """The mean of each term that has a weight, and of the KL; all randomness comes from the generator."""
         weights = self.loss
-        q, p = (model.residual(batch.mel, batch.f0) for model in (student, self.teacher))
+        q, p = (model.residual(batch.mel) for model in (student, self.teacher))
         noise = _noise(q.base, tuple(batch.audio.shape), batch.audio, generator)
         residual, q_steps = q.rsample_and_conditionals(noise)
         p_steps = p.conditionals(residual)
@@ -45,8 +46,7 @@ class Distillation:
         if weights.log_scale:
             found["log_scale"] = log_scale_distance(q_steps, p_steps)
         if weights.contrastive:
-            elsewhere = batch.f0.shape[1] // 2
-            other = self.teacher.residual(batch.mel.roll(elsewhere, -1), batch.f0.roll(elsewhere, -1))
+            other = self.teacher.residual(batch.mel.roll(batch.mel.shape[-1] // 2, -1))
             found["contrastive"] = -self._kl(q_steps, other.conditionals(residual), residual, generator)
         if weights.z_reconstruction:
             found["z_reconstruction"] = (p_steps.noise(residual) - noise).square()

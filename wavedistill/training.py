@@ -39,6 +39,7 @@ class Task(NamedTuple):
         terms: the named scalar terms of the loss of a model for a batch; all randomness comes from the generator.
         weights: of the terms in the objective, which also decides which weights are kept.
         sample: draws audio (B, T) from a model, with the conditioning of a batch, for the log.
+        given: weights of the model, by name, that are known and stay as they are.
     """
 
     kind: Kind
@@ -46,6 +47,7 @@ class Task(NamedTuple):
     terms: Callable[[WaveformModel, Batch, torch.Generator], Mapping[str, Tensor]]
     weights: Mapping[str, float]
     sample: Callable[[WaveformModel, Batch], Tensor]
+    given: Mapping[str, Tensor] = {}
 
 
 class Outcome(NamedTuple):
@@ -71,7 +73,8 @@ def fit(
     Every random number of a step is a function of the recipe's seed and the step, so that a training that was
     interrupted and resumed ends with the same weights as one that was not.
 
-    A model's own predictor of F0 learns beside it, from a term `pitch` that has no part in the objective.
+    Terms without a weight are learnt too, but have no part in the objective: a model's own predictor of F0 learns
+    beside it, from a term `pitch`.
 
     Args:
         task: what to train, and how.
@@ -89,15 +92,19 @@ def fit(
     """
     settings, batches = task.settings, _Batches(task, manifest, audio_folder, recipe, device)
     model = build(task.kind, recipe, recipe.seed).to(device)
+    model.load_state_dict(task.given, strict=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in task.given)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99))
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(learnt, lr=settings.learning_rate, betas=(0.9, 0.99))
     state = State(model, average, optimizer, fingerprint)
     state.restore(folder, settings.steps)
     if settings.compile:
         compile_networks(model)
     started, first_step = time.monotonic(), state.step
     # Clipped apart, so that the predictor of F0 leaves the density's steps alone.
-    named = [(name.startswith("pitch."), own) for name, own in model.named_parameters()]
+    named = [(name.startswith("pitch."), own) for name, own in model.named_parameters() if own.requires_grad]
     parameters = [[own for of_predictor, own in named if of_predictor is part] for part in (False, True)]
 
     def validate() -> None:
@@ -195,10 +202,7 @@ class _Batches:
 
     def _terms(self, model: WaveformModel, segments: Segments, generator: torch.Generator) -> Mapping[str, Tensor]:
         batch = segments.draw(self.task.settings.batch_size, generator)
-        terms = dict(self.task.terms(model, batch, generator))
-        if model.pitch is not None:
-            terms["pitch"] = model.pitch.loss(batch.mel, batch.f0)
-        return terms
+        return self.task.terms(model, batch, generator)
 
 
 class State:

@@ -81,8 +81,8 @@ def densities(
 
     Before training, linear prediction is already there, so that `teacher_nll_before_training` is that of a Gaussian
     with the filters of linear prediction; `level_gaussian_nll_nats_per_sample` is the start without them.
-    `teacher_nll_shuffled_conditioning` gives the network the log-mel and F0 of another utterance, but linear prediction
-    its own: a network that ignores its conditioning would not notice.
+    `teacher_nll_shuffled_conditioning` gives the network the log-mel of another utterance, but linear prediction its
+    own: a network that ignores its conditioning would not notice.
 
     The likelihood is of 16-bit audio after the recipe's level normalisation and with uniform dequantisation noise. The
     KL's standard error is over utterances, each a mean over its draws.
@@ -96,23 +96,18 @@ def densities(
     level_gaussian = FlowDistribution(Scale(10 ** (recipe.audio.level_db / 20)).to(device), StandardNormal())
     clips = [read_samples(experiment.audio, utterance) for utterance in test]
     mels = [log_mel.of_file(clip[None].to(device), recipe.conditioning.context) for clip in clips]
-    f0s = [_f0(experiment, utterance) for utterance in test]
     values: dict[str, list[float]] = {}
     for i, clip in enumerate(progress(iterable=clips, desc="densities", unit="clip")):
-        mel, f0 = mels[i], f0s[i]
+        mel = mels[i]
         noisy = dequantise(clip[None].to(device), random_stream(recipe.seed, DEQUANTISE, i))
         repeats = -(-mel.shape[-1] // mels[i - 1].shape[-1])
         # The only clip of its split gets its own, half a clip away.
         away = mel.shape[-1] // 2 if len(clips) == 1 else 0
-        other_mel, other_f0 = (
-            mels[i - 1].repeat(1, 1, repeats).roll(away, -1),
-            f0s[i - 1].repeat(1, repeats).roll(away, -1),
-        )
-        other = teacher.residual(other_mel[..., : mel.shape[-1]], other_f0[:, : mel.shape[-1]])
-        p = teacher.residual(mel, f0)
+        other = teacher.residual(mels[i - 1].repeat(1, 1, repeats).roll(away, -1)[..., : mel.shape[-1]])
+        p = teacher.residual(mel)
         for name, density in {
             "teacher_nll_nats_per_sample": teacher.synthesised(p, mel),
-            "teacher_nll_before_training": untrained_teacher(mel, f0),
+            "teacher_nll_before_training": untrained_teacher(mel),
             "teacher_nll_shuffled_conditioning": teacher.synthesised(other, mel),
             "level_gaussian_nll_nats_per_sample": level_gaussian,
         }.items():
@@ -123,7 +118,7 @@ def densities(
             ("student_kl_before_training", untrained_student, 1),
         ):
             noise = model.base.noise((draws, len(clip)), random_stream(recipe.seed, DRAW, i)).to(device)
-            q = model.residual(mel, f0)
+            q = model.residual(mel)
             estimates = [monte_carlo_kl(q, p, draw[None])[0].item() for draw in noise]
             values.setdefault(name, []).append(sum(estimates) / draws)
 
@@ -147,8 +142,8 @@ def synthesise(
 ) -> dict[str, list[Scores]]:
     """Copy-synthesise clips with every system, write them to files, and score them; returns the scores of each clip.
 
-    F0 is that of the recording, except for `student_from_mel`, which predicts it. `whisper` is what the student is
-    before training: white noise through the last transform, linear prediction for instance.
+    Teacher and student are given the log-mel alone. `whisper` is what the student is before training: white noise
+    through the last transform, linear prediction for instance.
     """
     recipe, device = experiment.recipe, experiment.device
     limit = int(recipe.evaluate.max_seconds * recipe.audio.sample_rate) // recipe.audio.hop_length
@@ -158,26 +153,20 @@ def synthesise(
     padded = torch.stack([torch.nn.functional.pad(clip, (0, longest - len(clip))) for clip in clips])
     log_mel = audio.LogMel(recipe.audio)
     mel = log_mel.of_file(padded, recipe.conditioning.context).to(device)
-    f0 = torch.zeros(mel.shape[0], mel.shape[2], device=device)
-    for row, utterance in zip(f0, test, strict=True):
-        own = read_f0(experiment.audio, utterance)[:limit]
-        row[recipe.conditioning.context :][: len(own)] = own
 
-    def drawn(model: WaveformModel, f0: Tensor | None, label: str | None = None) -> list[Tensor]:
+    def drawn(model: WaveformModel, label: str | None = None) -> list[Tensor]:
         noise = model.base.noise(tuple(padded.shape), random_stream(recipe.seed, SYNTHESISE)).to(device)
-        waves = sample(model(mel, f0), noise * recipe.evaluate.temperature, label=label).cpu()
+        waves = sample(model(mel), noise * recipe.evaluate.temperature, label=label).cpu()
         return [wave[: len(clip)].clamp(-1, 1) for wave, clip in zip(waves, clips, strict=True)]
 
     with torch.inference_mode():
         systems = {
             "recorded": clips,
-            "teacher": drawn(teacher, f0, "teacher samples"),
-            "student": drawn(student, f0),
+            "teacher": drawn(teacher, "teacher samples"),
+            "student": drawn(student),
             "griffin_lim": [metrics.griffin_lim(log_mel.of_file(clip[None])[0], recipe.audio) for clip in clips],
-            "whisper": drawn(build("student", recipe, recipe.seed).to(device), f0),
+            "whisper": drawn(build("student", recipe, recipe.seed).to(device)),
         }
-        if student.pitch is not None:
-            systems["student_from_mel"] = drawn(student, None)
     if not metrics.pesq_available():
         note("evaluate: the package pesq is not installed, so there is no PESQ score: pip install 'wavedistill[demo]'")
     scorers = [metrics.Scorer(clip, recipe.audio) for clip in clips]
@@ -207,12 +196,6 @@ def pitch_from_mel(experiment: Experiment, student: WaveformModel, test: list[Ut
         tracked.append(read_f0(experiment.audio, utterance))
         predicted.append(student.pitch(mel)[0].cpu())
     return metrics.f0_agreement(torch.cat(tracked), torch.cat(predicted))
-
-
-def _f0(experiment: Experiment, utterance: Utterance) -> Tensor:
-    """F0 (1, F + 2 context) of an utterance, unvoiced outside the file."""
-    context = experiment.recipe.conditioning.context
-    return torch.nn.functional.pad(read_f0(experiment.audio, utterance), (context, context))[None].to(experiment.device)
 
 
 def _mean(scores: list[Scores]) -> Scores:

@@ -23,7 +23,6 @@ SYSTEMS = {
     "recorded": "Recorded",
     "teacher": "Teacher (sequential)",
     "student": "Student (parallel)",
-    "student_from_mel": "Student, F0 from the log-mel",
     "griffin_lim": "Griffin-Lim (no model)",
     "whisper": "Noise through linear prediction (a whisper)",
 }

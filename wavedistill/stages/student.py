@@ -31,13 +31,21 @@ def run(experiment: Experiment) -> str:
 
     def draw(model: WaveformModel, batch: Batch) -> Tensor:
         noise = model.base.noise(tuple(batch.audio.shape), random_stream(recipe.seed)).to(experiment.device)
-        return sample(model(batch.mel, batch.f0), noise)
+        return sample(model(batch.mel), noise)
 
     # The number of steps is left out: a training may be lengthened.
     trajectory = recipe.model_dump(mode="json", include=READS, exclude={"student": {"training": {"steps"}}})
+    predictor = {} if teacher.pitch is None else teacher.pitch.state_dict()
     weights = recipe.student.loss.model_dump(exclude={"kl_estimator", "kl_draws"})
     outcome = fit(
-        Task("student", recipe.student.training, distillation.terms, weights, draw),
+        Task(
+            "student",
+            recipe.student.training,
+            distillation.terms,
+            weights,
+            draw,
+            given={f"pitch.{name}": value for name, value in predictor.items()},
+        ),
         experiment.corpus(),
         experiment.audio,
         recipe=recipe,

@@ -24,7 +24,10 @@ def run(experiment: Experiment) -> str:
     def terms(model: WaveformModel, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
         residual, ladj = model.analyse(dequantise(batch.with_margins, generator), batch.mel)
         log_prob = model.residual(batch.mel, batch.f0).log_prob_steps(residual) + ladj
-        return {"nll": -log_prob.mean()}
+        found = {"nll": -log_prob.mean()}
+        if model.pitch is not None:
+            found["pitch"] = model.pitch.loss(batch.mel, batch.f0)
+        return found
 
     def draw(model: WaveformModel, batch: Batch) -> Tensor:
         length = min(

@@ -83,7 +83,22 @@ def _add_stage(name: str) -> None:
 
 
 for _name in STAGES:
-    _add_stage(_name)
+    if _name != "benchmark":
+        _add_stage(_name)
+
+
+@app.command(help=STAGES["benchmark"].summary, rich_help_panel="Single stages")
+def benchmark(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    root: Root = Path("exp"),
+    device: Device = "auto",
+    full: Annotated[
+        bool, typer.Option("--full", help="Durations up to a minute, batches, and students of several sizes.")
+    ] = False,
+) -> None:
+    """One stage that has an option of its own."""
+    _run(["benchmark"], recipe, [*(overrides or []), *(["benchmark.full=true"] if full else [])], root, device)
 
 
 @app.command()

@@ -274,6 +274,8 @@ class Benchmark(Section):
     """CPU threads."""
     repeats: PositiveInt
     """Timed runs after one warm-up, at least; more of short ones, until they add up to a second."""
+    full: bool
+    """Durations up to a minute, batches and students of several sizes, in place of `seconds`."""
 
 
 class Recipe(Section):

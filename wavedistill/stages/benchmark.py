@@ -1,13 +1,15 @@
-"""Time the naive, cached, compiled and parallel samplers of one teacher-student pair."""
+"""Time the samplers of one teacher-student pair: naive, cached, compiled or graphed, parallel and streamed."""
 
 import datetime
 import functools
+import itertools
+import math
 import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,105 +19,189 @@ import torchaudio
 from torch import Tensor
 
 from wavedistill import __version__, sampling
-from wavedistill.audio import LogMel, pad_frames
+from wavedistill.audio import LogMel
 from wavedistill.checkpoint import Kind
+from wavedistill.config import Recipe
 from wavedistill.data import random_stream, read_samples
 from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import Autoregressive
-from wavedistill.models import WaveformModel
+from wavedistill.models import WaveformModel, build
 from wavedistill.progress import progress
 from wavedistill.wavenet import WaveNet
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "benchmark"}
-SEQUENTIAL_WARMUP = 100
-"""Samples drawn before the cached sampler is timed."""
+SOLVERS: dict[str, sampling.Solver] = {
+    "cached": sampling.cached,
+    "compiled": sampling.compiled,
+    "graphed": sampling.graphed,
+}
+"""Of the teacher, but for the naive one."""
+FULL_SECONDS, FULL_BATCH_SIZES = (0.5, 2, 10, 60), (1, 16)
+MOST_SECONDS = 60
+"""Of sound in one draw, over its batch."""
+MOST_CACHED_SECONDS = 1
+"""Of sound drawn by the cached sampler, whose cost a sample does not depend on the length."""
+CROSSOVER = (0.25, 0.5, 1, 1.5, 2, 3, 6)
+"""Layers of untrained students, as multiples of the teacher's."""
+WARMUP = 100
+"""Samples that a sequential sampler draws before it is timed."""
+PIECE = 8
+"""Frames of log-mel that a stream is given at a time."""
 CEILING_REPEATS = 20
 MIN_SECONDS = 1.0
 """A short draw is repeated until its runs add up to this."""
 
 
 class Job(NamedTuple):
-    """One row to measure."""
+    """One row to measure; `layers` asks for an untrained student of so many in place of the trained one."""
 
     model: Kind
-    sampler: Literal["naive", "cached", "compiled", "parallel"]
+    sampler: Literal["naive", "cached", "compiled", "graphed", "parallel", "streamed"]
     threads: int
+    batch_size: int
     num_samples: int
+    layers: int | None = None
 
 
 def run(experiment: Experiment) -> str:
     """Write `benchmark.json`; returns a line of result."""
-    recipe, device = experiment.recipe, experiment.device
-    settings, hop = recipe.benchmark, recipe.audio.hop_length
-    lengths = [max(1, round(seconds * recipe.audio.sample_rate / hop)) * hop for seconds in settings.seconds]
-    # The host's threads do not set the pace of a GPU.
-    threads = settings.threads if device.type == "cpu" else settings.threads[:1]
-    jobs = []
-    for count in threads:
-        jobs.append(Job("teacher", "naive", count, settings.naive_samples))
-        for length in lengths:
-            jobs.append(Job("teacher", "cached", count, length))
-            if device.type == "cpu":
-                jobs.append(Job("teacher", "compiled", count, length))
-            jobs.append(Job("student", "parallel", count, length))
     rows = []
-    for job in progress(iterable=jobs, desc="benchmark", unit="row"):
+    for job in progress(iterable=jobs(experiment.recipe, experiment.device), desc="benchmark", unit="row"):
         # A process of its own, so that no row inherits another's memory, threads or caches.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             rows.append(pool.submit(measure, experiment, job).result())
-    write_json(experiment.benchmark, {"machine": machine(device), "rows": rows})
-    speed = {row["sampler"]: row["samples_per_second"] for row in rows if row["threads"] == threads[-1]}
-    parallel = speed.pop("parallel")
-    ratios = ", ".join(f"{parallel / value:.1f} x {name}" for name, value in speed.items())
-    return (
-        f"parallel {parallel:,.0f} samples/s ({threads[-1]} threads), {parallel / recipe.audio.sample_rate:.1f} x real "
-        f"time; {ratios}: {experiment.benchmark}"
-    )
+    summary = summarise(rows)
+    write_json(experiment.benchmark, {"machine": machine(experiment.device), "rows": rows, "summary": summary})
+    return f"{summary[-1]} {experiment.benchmark}"
+
+
+def jobs(recipe: Recipe, device: torch.device) -> list[Job]:
+    """What a recipe's benchmark measures on a device."""
+    settings, hop, rate = recipe.benchmark, recipe.audio.hop_length, recipe.audio.sample_rate
+
+    def samples(seconds: float) -> int:
+        return max(1, round(seconds * rate / hop)) * hop
+
+    sequential: Literal["compiled", "graphed"] | None
+    sequential = "compiled" if device.type == "cpu" else "graphed" if recipe.teacher.components == 1 else None
+    found = []
+    # The host's threads do not set the pace of a GPU.
+    for threads in settings.threads if device.type == "cpu" else settings.threads[:1]:
+        found.append(Job("teacher", "naive", threads, 1, settings.naive_samples))
+        for batch_size in FULL_BATCH_SIZES if settings.full else (1,):
+            for seconds in FULL_SECONDS if settings.full else settings.seconds:
+                if batch_size * seconds > MOST_SECONDS:
+                    continue
+                if seconds <= MOST_CACHED_SECONDS:
+                    found.append(Job("teacher", "cached", threads, batch_size, samples(seconds)))
+                if sequential:
+                    found.append(Job("teacher", sequential, threads, batch_size, samples(seconds)))
+                found.append(Job("student", "parallel", threads, batch_size, samples(seconds)))
+                found.append(Job("student", "streamed", threads, batch_size, samples(seconds)))
+        if settings.full:
+            found += [
+                Job("student", "streamed", threads, 1, samples(2), max(1, round(share * recipe.teacher.layers)))
+                for share in CROSSOVER
+            ]
+    return found
 
 
 def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
-    """One row: warm up, then time several draws, with the device idle before and after each.
+    """One row: set up, warm up, then time several draws, with the device idle before and after each.
 
-    The ceiling is what the same process, device and threads reach with products of large matrices. A row's share of it
-    counts each conditioner once a sample: what the naive sampler computes again is waste.
+    The ceilings are what the same process, device and threads reach: with products of large matrices, and with a copy
+    in memory. A row's share of the former counts each conditioner once a sample: what the naive sampler computes again
+    is waste. A sequential step reads all weights, which a parallel pass does once a block; hence its
+    `weight_bytes_per_sample`, and the samples/s that memory would allow if they had to come from there.
 
     The peak memory is what PyTorch allocated on a GPU, and on a CPU the resident memory of the process, which includes
     the interpreter and its libraries; None where the system does not tell.
     """
     recipe, device = experiment.recipe, experiment.device
     torch.set_num_threads(job.threads)
-    model = experiment.model(job.model)
+    model = _model(experiment, job)
     draw = _sampler(experiment, model, job)
+    # The first call compiles or loads what is compiled, and warms up.
+    setup, later = (_seconds(functools.partial(draw, WARMUP), device) for _ in range(2))
+    first = _seconds(functools.partial(draw, 1), device)
     seconds: list[float] = []
     while len(seconds) < recipe.benchmark.repeats or sum(seconds) < MIN_SECONDS:
-        _synchronise(device)
-        start = time.perf_counter()
-        draw()
-        _synchronise(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(_seconds(draw, device))
     median = statistics.median(seconds)
-    speed, ceiling = job.num_samples / median, matrix_product_ceiling(model, device)
+    drawn = job.batch_size * job.num_samples
+    speed, ceiling = drawn / median, matrix_product_ceiling(model, device)
     row = {
         "model": job.model,
         "sampler": job.sampler,
         "device": str(device),
         "threads": job.threads,
-        "batch_size": 1,
+        "batch_size": job.batch_size,
         "num_samples": job.num_samples,
+        "trained": job.layers is None,
         "seconds_median": median,
         "seconds_all": seconds,
         "samples_per_second": speed,
         "real_time_factor": speed / recipe.audio.sample_rate,
+        "setup_seconds": max(0.0, setup - later),
+        "first_samples_seconds": first,
         "flops_per_sample": model.flops_per_sample,
         "ceiling_flops_per_second": ceiling,
         "share_of_ceiling": speed * model.flops_per_sample / ceiling,
+        "copy_bytes_per_second": copy_ceiling(device),
         "peak_memory_bytes": _peak(device),
     }
+    if job.model == "teacher":
+        row["weight_bytes_per_sample"] = _weight_bytes(model) / job.batch_size
     if job.sampler == "naive":
         row["note"] = (
             f"timed {job.num_samples} samples only, past the first receptive field, where the cost is constant"
         )
     return row
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[str]:
+    """What the rows mean, in words: what is how many times as fast as what, and where the student loses."""
+    lines = []
+    pair = [row for row in rows if row["trained"]]
+    for row in pair:
+        if row["model"] != "student":
+            continue
+        same = ("threads", "batch_size", "num_samples")
+        factors = []
+        for other in pair:
+            alike = all(other[key] == row[key] for key in same)
+            if other["model"] == "teacher" and (alike or (other["sampler"] == "naive" and row["batch_size"] == 1)):
+                factor = row["samples_per_second"] / other["samples_per_second"]
+                factors.append(f"{factor:.3g} times as fast as the teacher's {other['sampler']} sampler")
+        lines.append(
+            f"{_place(row)}: the {row['sampler']} student draws {row['samples_per_second']:,.0f} samples/s, "
+            f"{row['real_time_factor']:.3g} x real time, {_listed(factors)}."
+        )
+    for threads, ratio in crossovers(rows).items():
+        lines.append(
+            f"{_threads(threads)}: a student wins against the fastest sequential sampler of its teacher up to "
+            f"{ratio:.2g} times the teacher's operations a sample, and loses beyond."
+        )
+    return lines
+
+
+def crossovers(rows: list[dict[str, Any]]) -> dict[int, float]:
+    """For each number of threads, the ratio of operations (student over teacher) at which both draw equally fast.
+
+    Interpolated between the untrained students of several sizes, on logarithmic scales; only where the fastest
+    sequential sampler of the teacher lies between the slowest and the fastest of them.
+    """
+    found = {}
+    for threads in sorted({row["threads"] for row in rows}):
+        single = [row for row in rows if row["threads"] == threads and row["batch_size"] == 1]
+        sequential = [row for row in single if row["model"] == "teacher"]
+        sizes = sorted((row["flops_per_sample"], row["samples_per_second"]) for row in single if not row["trained"])
+        fastest = max(row["samples_per_second"] for row in sequential)
+        for (less, faster), (more, slower) in itertools.pairwise(sizes):
+            if slower <= fastest <= faster:
+                share = math.log(faster / fastest) / math.log(faster / slower) if faster > slower else 0.0
+                found[threads] = less * (more / less) ** share / sequential[0]["flops_per_sample"]
+    return found
 
 
 def matrix_product_ceiling(model: WaveformModel, device: torch.device) -> float:
@@ -125,13 +211,15 @@ def matrix_product_ceiling(model: WaveformModel, device: torch.device) -> float:
     best = 0.0
     for m, k, n in shapes:
         a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
-        for _ in range(CEILING_REPEATS):
-            _synchronise(device)
-            start = time.perf_counter()
-            torch.mm(a, b)
-            _synchronise(device)
-            best = max(best, 2 * m * k * n / (time.perf_counter() - start))
+        seconds = min(_seconds(functools.partial(torch.mm, a, b), device) for _ in range(CEILING_REPEATS))
+        best = max(best, 2 * m * k * n / seconds)
     return best
+
+
+def copy_ceiling(device: torch.device) -> float:
+    """Bytes per second that a copy of 64 MiB reads, and writes as many."""
+    a, b = (torch.zeros(2**24, device=device) for _ in range(2))
+    return a.nbytes / min(_seconds(functools.partial(b.copy_, a), device) for _ in range(CEILING_REPEATS))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -151,29 +239,87 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable[[], Tensor]:
-    """A warmed-up call that draws a job's samples, from the same log-mel and noise for every sampler."""
+def _model(experiment: Experiment, job: Job) -> WaveformModel:
+    """The trained model of a job, or an untrained student of as many layers as the job asks for."""
+    if job.layers is None:
+        return experiment.model(job.model)
+    cycle = experiment.recipe.student.network.dilation_cycle
+    flow_layers = tuple(min(cycle, job.layers - done) for done in range(0, job.layers, cycle))
+    student = experiment.recipe.student.model_copy(update={"flow_layers": flow_layers})
+    recipe = experiment.recipe.model_copy(update={"student": student})
+    return build("student", recipe, recipe.seed).to(experiment.device)
+
+
+def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable[..., None]:
+    """A call that draws a job's samples, or the first few only, for the log-mel of a recording over and over."""
     recipe, device = experiment.recipe, experiment.device
-    length = job.num_samples
-    solver: sampling.Solver = sampling.compiled if job.sampler == "compiled" else sampling.cached
+    length, solver = job.num_samples, SOLVERS.get(job.sampler, sampling.fastest)
     if job.sampler == "naive":
         ((flow, _),) = model.flows.conditioned(None)
         assert isinstance(flow, Autoregressive)
         past = sampling.conditioner_of(flow).wavenet.receptive_field
         solver, length = functools.partial(sampling.naive, start=past), past + length
-    frames = -(-length // recipe.audio.hop_length)
+    hop, context = recipe.audio.hop_length, recipe.conditioning.context
     utterance = max(experiment.corpus().of("test"), key=lambda u: u.frames)
-    mel = LogMel(recipe.audio).of_file(read_samples(experiment.audio, utterance)[None])
-    mel = mel.repeat(1, 1, -(-frames // mel.shape[-1]))[..., :frames]
-    mel = pad_frames(mel, recipe.conditioning.context).to(device)
-    noise = model.base.noise((1, length), random_stream(recipe.seed)).to(device)
+    recorded = LogMel(recipe.audio).of_file(read_samples(experiment.audio, utterance)[None]).to(device)
+    recorded = recorded.expand(job.batch_size, -1, -1)
+    frames = -(-length // hop) + 2 * context
 
-    def draw(noise: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return sampling.sample(model(mel), noise, solver)
+    def pieces() -> Iterator[Tensor]:
+        for first in range(0, frames, PIECE):
+            wanted = range(first, min(first + PIECE, frames))
+            yield recorded[..., [frame % recorded.shape[-1] for frame in wanted]]
 
-    draw(noise[:, :SEQUENTIAL_WARMUP] if job.sampler == "cached" else noise)
-    return lambda: draw(noise)
+    def random(count: int, generator: torch.Generator) -> Tensor:
+        return model.base.noise((job.batch_size, count), generator).to(device)
+
+    if job.sampler == "streamed":
+
+        def stream(first: int | None = None) -> None:
+            generator = random_stream(recipe.seed)
+            for wave in sampling.stream(model, pieces(), lambda count: random(count, generator)):
+                if first is not None:
+                    break
+                del wave
+
+        return stream
+
+    mel, noise = torch.cat(list(pieces()), -1), random(length, random_stream(recipe.seed))
+
+    @torch.inference_mode()
+    def draw(first: int | None = None) -> None:
+        # A pass has no first samples before its last.
+        end = length if first is None or job.model == "student" else length - job.num_samples + first
+        sampling.sample(model(mel), noise[:, :end], solver)
+
+    return draw
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes, with the device idle before and after."""
+    _synchronise(device)
+    start = time.perf_counter()
+    call()
+    _synchronise(device)
+    return time.perf_counter() - start
+
+
+def _weight_bytes(model: WaveformModel) -> int:
+    nets = [module for module in model.modules() if isinstance(module, WaveNet)]
+    return sum(weight.nbytes for net in nets for weight in net.parameters())
+
+
+def _place(row: dict[str, Any]) -> str:
+    batch = "" if row["batch_size"] == 1 else f" x {row['batch_size']}"
+    return f"{row['num_samples']:,}{batch} samples, {row['device']}, {_threads(row['threads'])}"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), *parts[-1:]]) if len(parts) > 1 else "".join(parts)
 
 
 def _synchronise(device: torch.device) -> None:

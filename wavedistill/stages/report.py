@@ -44,6 +44,14 @@ GATES = {
     "vuv_f1": "Voicing, F1, at least",
     "periodicity": "Periodicity of voiced parts, share of the recordings' own, at least",
 }
+COLOURS = {
+    "naive": "#b0b0b0",
+    "cached": "#d08770",
+    "compiled": "#a3567a",
+    "graphed": "#a3567a",
+    "parallel": "#3b6ea5",
+    "streamed": "#5f9ed1",
+}
 SHOWN_CLIPS = 3
 
 
@@ -67,7 +75,7 @@ def run(experiment: Experiment) -> str:
         systems=systems,
         scores=SCORES,
         benchmark=benchmark,
-        ratios=ratios(benchmark["rows"]),
+        crossover_plot=(plot := crossover_plot(benchmark["rows"])) and _png(plot),
         speed_plot=_png(speed_plot(benchmark["rows"], experiment.recipe.audio.sample_rate)),
         losses=[
             (kind, plot and _png(plot)) for kind in ("teacher", "student") for plot in [loss_plot(experiment, kind)]
@@ -95,41 +103,55 @@ def verdict(found: dict[str, Any]) -> str:
     )
 
 
-def ratios(rows: list[dict[str, Any]]) -> list[str]:
-    """Which sampler is how many times as fast as which, for each length and number of threads."""
-    speed = {(row["sampler"], row["threads"], row["num_samples"]): row["samples_per_second"] for row in rows}
-    naive = {row["threads"]: row["samples_per_second"] for row in rows if row["sampler"] == "naive"}
-    lines = []
-    for row in rows:
-        if row["sampler"] == "parallel":
-            factors = [
-                f"{row['samples_per_second'] / speed[name, row['threads'], row['num_samples']]:.1f} times as fast as "
-                f"the teacher's {name} sampler"
-                for name in ("compiled", "cached")
-                if (name, row["threads"], row["num_samples"]) in speed
-            ]
-            factors.append(f"{row['samples_per_second'] / naive[row['threads']]:.0f} times as fast as the naive one")
-            lines.append(
-                f"{row['num_samples']:,} samples, {row['device']}, {row['threads']} threads: the parallel student is "
-                f"{', '.join(factors)}."
-            )
-    return lines
-
-
 def speed_plot(rows: list[dict[str, Any]], sample_rate: int) -> Figure:
-    """Samples per second of every row on a logarithmic scale, with real time marked."""
+    """Samples per second of the trained models' rows on a logarithmic scale, with real time marked."""
+    rows = [row for row in rows if row["trained"]]
     figure = Figure(figsize=(8, 0.8 + 0.36 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    labels = [f"{r['sampler']}, {r['num_samples']:,} samples, {r['threads']} threads" for r in rows]
-    colours = {"naive": "#b0b0b0", "cached": "#d08770", "compiled": "#a3567a", "parallel": "#3b6ea5"}
+    labels = [
+        f"{row['sampler']}, {row['batch_size']} x {row['num_samples']:,} samples, {row['threads']} threads"
+        for row in rows
+    ]
     speeds = [row["samples_per_second"] for row in rows]
-    bars = axes.barh(range(len(rows)), speeds, color=[colours[row["sampler"]] for row in rows])
+    bars = axes.barh(range(len(rows)), speeds, color=[COLOURS[row["sampler"]] for row in rows])
     axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3)
     axes.axvline(sample_rate, color="black", linestyle="--", linewidth=1)
     axes.set_title("dashed: real time", fontsize="medium")
     axes.set(yticks=range(len(rows)), yticklabels=labels, xscale="log", xlabel="samples per second")
     axes.set_xlim(min(speeds) / 2, max(*speeds, sample_rate) * 4)
     axes.invert_yaxis()
+    return figure
+
+
+def crossover_plot(rows: list[dict[str, Any]]) -> Figure | None:
+    """Speed of students over the teacher's fastest sequential sampler, against the ratio of their operations."""
+    sized = [row for row in rows if not row["trained"]]
+    if not sized:
+        return None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for threads in sorted({row["threads"] for row in sized}):
+        own = [r for r in rows if r["threads"] == threads and r["batch_size"] == 1 and r["model"] == "teacher"]
+        fastest = max(own, key=lambda row: row["samples_per_second"])
+        points = sorted(
+            (row["flops_per_sample"] / fastest["flops_per_sample"], row["samples_per_second"])
+            for row in sized
+            if row["threads"] == threads
+        )
+        axes.plot(
+            [ratio for ratio, _ in points],
+            [speed / fastest["samples_per_second"] for _, speed in points],
+            marker="o",
+            label=f"{threads} threads, against the {fastest['sampler']} sampler",
+        )
+    axes.axhline(1, color="black", linestyle="--", linewidth=1)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations a sample, student over teacher",
+        ylabel="samples/s, streamed student over teacher",
+    )
+    axes.legend()
     return figure
 
 

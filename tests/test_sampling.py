@@ -10,9 +10,19 @@ import pytest
 import torch
 
 from tests.conftest import noise, small_flow, small_mel, small_model
-from wavedistill.compiled import _exponential, _solve_mixture
+from wavedistill.compiled import AHEAD, _exponential, _solve_mixture
 from wavedistill.flows import Affine, Autoregressive, Elementwise, MixtureCdf, StandardLogistic, StandardNormal
-from wavedistill.sampling import Solver, cached, compiled, graphed, invert, naive, sample, stream
+from wavedistill.sampling import (
+    Solver,
+    cached,
+    compiled,
+    conditioner_of,
+    graphed,
+    invert,
+    naive,
+    sample,
+    stream,
+)
 
 SOLVERS = [cached, compiled]
 MIXTURES = [MixtureCdf(StandardNormal()), MixtureCdf(StandardLogistic())]
@@ -73,6 +83,19 @@ def test_compiled_loop_in_blocks_is_the_loop_in_one(monkeypatch: pytest.MonkeyPa
     whole = compiled(flow, z, context)
     monkeypatch.setattr("wavedistill.sampling.BLOCK", 5)
     assert torch.equal(compiled(flow, z, context), whole)
+
+
+@pytest.mark.parametrize("kernel_size", [2, 3])
+def test_compiled_loop_past_the_steps_it_computes_ahead(kernel_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dilations on both sides of AHEAD, features that change within it, and calls that end anywhere."""
+    flow = small_flow("x", layers=9, dilation_cycle=8, repeat=5, kernel_size=kernel_size)
+    context, z = (noise(1, 80, 3),), noise(1, 400)
+    with torch.no_grad():
+        whole = compiled(flow, z, context)
+        assert max(conditioner_of(flow).wavenet.dilations) > AHEAD
+        assert (cached(flow, z, context) - whole).abs().max() < 1e-9 * whole.abs().max()
+        monkeypatch.setattr("wavedistill.sampling.BLOCK", 37)
+        assert torch.equal(compiled(flow, z, context), whole)
 
 
 @pytest.mark.parametrize("component", [StandardNormal(), StandardLogistic()])

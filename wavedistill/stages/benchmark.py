@@ -319,7 +319,8 @@ def _threads(count: int) -> str:
 
 
 def _listed(parts: list[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), *parts[-1:]]) if len(parts) > 1 else "".join(parts)
+    *others, last = parts
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _synchronise(device: torch.device) -> None:

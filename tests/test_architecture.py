@@ -16,6 +16,7 @@ LAYERS = [
     {"models"},
     {"checkpoint", "compiled", "distillation"},
     {"sampling"},
+    {"tasks"},
     {"experiment", "training"},
     {"stages"},
     {"cli"},

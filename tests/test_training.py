@@ -23,7 +23,8 @@ from wavedistill.losses import negative_log_likelihood
 from wavedistill.models import WaveformModel, build
 from wavedistill.pitch import PitchPredictor
 from wavedistill.sampling import sample
-from wavedistill.training import Outcome, Task, fit, learning_rate, update_average
+from wavedistill.tasks import Task
+from wavedistill.training import Outcome, fit, learning_rate, update_average
 
 STEPS = 24
 

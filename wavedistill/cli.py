@@ -96,9 +96,11 @@ def benchmark(
     full: Annotated[
         bool, typer.Option("--full", help="Durations up to a minute, batches, and students of several sizes.")
     ] = False,
+    train: Annotated[bool, typer.Option("--train", help="Steps of both trainings too.")] = False,
 ) -> None:
-    """One stage that has an option of its own."""
-    _run(["benchmark"], recipe, [*(overrides or []), *(["benchmark.full=true"] if full else [])], root, device)
+    """One stage that has options of its own."""
+    chosen = [f"benchmark.{name}=true" for name, wanted in (("full", full), ("train", train)) if wanted]
+    _run(["benchmark"], recipe, [*(overrides or []), *chosen], root, device)
 
 
 @app.command()

@@ -276,6 +276,8 @@ class Benchmark(Section):
     """Timed runs after one warm-up, at least; more of short ones, until they add up to a second."""
     full: bool
     """Durations up to a minute, batches and students of several sizes, in place of `seconds`."""
+    train: bool
+    """Steps of both trainings too."""
 
 
 class Recipe(Section):

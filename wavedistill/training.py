@@ -1,4 +1,4 @@
-"""The one training loop, for teacher and student alike; they differ in a function that returns named terms."""
+"""The one training loop, for teacher and student alike."""
 
 import copy
 import math
@@ -16,38 +16,18 @@ from torch.utils.tensorboard import SummaryWriter
 
 from wavedistill import checkpoint
 from wavedistill.audio import LOG_MEL_FLOOR
-from wavedistill.checkpoint import Kind
 from wavedistill.config import Recipe, Training
-from wavedistill.data import Batch, Manifest, Segments, random_stream
+from wavedistill.data import Manifest, Segments, random_stream
 from wavedistill.errors import TrainingError
 from wavedistill.models import WaveformModel, build, compile_networks
 from wavedistill.progress import note, progress
+from wavedistill.tasks import Task
 
 LOG_EVERY = 20
 """Steps between two scalars of the log."""
 STATE_FILE = "training.pt"
 TRAIN, VALID = 0, 1
 """Purposes of random streams."""
-
-
-class Task(NamedTuple):
-    """What distinguishes one training from another.
-
-    Attributes:
-        kind: the model that is trained.
-        settings: of the optimisation.
-        terms: the named scalar terms of the loss of a model for a batch; all randomness comes from the generator.
-        weights: of the terms in the objective, which also decides which weights are kept.
-        sample: draws audio (B, T) from a model, with the conditioning of a batch, for the log.
-        given: weights of the model, by name, that are known and stay as they are.
-    """
-
-    kind: Kind
-    settings: Training
-    terms: Callable[[WaveformModel, Batch, torch.Generator], Mapping[str, Tensor]]
-    weights: Mapping[str, float]
-    sample: Callable[[WaveformModel, Batch], Tensor]
-    given: Mapping[str, Tensor] = {}
 
 
 class Outcome(NamedTuple):
@@ -90,22 +70,14 @@ def fit(
         CorpusError: if no utterance is as long as a segment.
         CheckpointError: if the state of the earlier call is damaged.
     """
-    settings, batches = task.settings, _Batches(task, manifest, audio_folder, recipe, device)
-    model = build(task.kind, recipe, recipe.seed).to(device)
-    model.load_state_dict(task.given, strict=False)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in task.given)
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(learnt, lr=settings.learning_rate, betas=(0.9, 0.99))
-    state = State(model, average, optimizer, fingerprint)
+    settings, batches = task.settings, Batches(task, manifest, audio_folder, recipe, device)
+    learner = Learner(task, recipe, device)
+    model, average = learner.model, learner.average
+    state = State(model, average, learner.optimizer, fingerprint)
     state.restore(folder, settings.steps)
     if settings.compile:
         compile_networks(model)
     started, first_step = time.monotonic(), state.step
-    # Clipped apart, so that the predictor of F0 leaves the density's steps alone.
-    named = [(name.startswith("pitch."), own) for name, own in model.named_parameters() if own.requires_grad]
-    parameters = [[own for of_predictor, own in named if of_predictor is part] for part in (False, True)]
 
     def validate() -> None:
         values = batches.validate(average)
@@ -126,16 +98,9 @@ def fit(
             validate()
             state.save(folder)
         while state.step < settings.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, state.step)
             terms = batches.terms(model, state.step)
-            loss = objective(terms, task.weights) + sum(terms[name] for name in terms.keys() - task.weights.keys())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm, *_ = [nn.utils.clip_grad_norm_(own, settings.grad_clip) for own in parameters if own]
-            optimizer.step()
+            norm = learner.step(terms, state.step)
             state.step += 1
-            update_average(average, model, settings.ema_decay, state.step)
             bar.update()
 
             if state.step % LOG_EVERY == 0:
@@ -158,7 +123,39 @@ def fit(
     return Outcome(state.best_step, state.best_valid, seconds)
 
 
-class _Batches:
+class Learner:
+    """A model, the moving average of its weights, and the optimizer of those that are not given."""
+
+    def __init__(self, task: Task, recipe: Recipe, device: torch.device) -> None:
+        self.task, self.model = task, build(task.kind, recipe, recipe.seed).to(device)
+        self.model.load_state_dict(task.given, strict=False)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in task.given)
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        learnt = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self.optimizer = torch.optim.Adam(
+            learnt.values(), lr=task.settings.learning_rate, betas=(0.9, 0.99), fused=True
+        )
+        # Clipped apart, so that the predictor of F0 leaves the density's steps alone.
+        self._predictor = [parameter for name, parameter in learnt.items() if name.startswith("pitch.")]
+        self._density = [parameter for name, parameter in learnt.items() if not name.startswith("pitch.")]
+
+    def step(self, terms: Mapping[str, Tensor], step: int) -> Tensor:
+        """Follow the gradient of the terms of one step; returns its norm, before clipping."""
+        settings = self.task.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        unweighted = [term for name, term in terms.items() if name not in self.task.weights]
+        self.optimizer.zero_grad(set_to_none=True)
+        (objective(terms, self.task.weights) + sum(unweighted)).backward()
+        norm = nn.utils.clip_grad_norm_(self._density, settings.grad_clip)
+        nn.utils.clip_grad_norm_(self._predictor, settings.grad_clip)
+        self.optimizer.step()
+        update_average(self.average, self.model, settings.ema_decay, step + 1)
+        return norm
+
+
+class Batches:
     """The data of one training, as terms of the loss: each a function of the recipe's seed and a number alone."""
 
     def __init__(

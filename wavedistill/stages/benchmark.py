@@ -25,8 +25,10 @@ from wavedistill.config import Recipe
 from wavedistill.data import random_stream, read_samples
 from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import Autoregressive
-from wavedistill.models import WaveformModel, build
+from wavedistill.models import WaveformModel, build, compile_networks
 from wavedistill.progress import progress
+from wavedistill.tasks import student_task, teacher_task
+from wavedistill.training import Batches, Learner
 from wavedistill.wavenet import WaveNet
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "benchmark"}
@@ -47,6 +49,7 @@ WARMUP = 100
 """Samples that a sequential sampler draws before it is timed."""
 PIECE = 8
 """Frames of log-mel that a stream is given at a time."""
+TRAIN_WARMUP, TRAIN_STEPS = 5, 30
 CEILING_REPEATS = 20
 MIN_SECONDS = 1.0
 """A short draw is repeated until its runs add up to this."""
@@ -67,12 +70,18 @@ def run(experiment: Experiment) -> str:
     """Write `benchmark.json`; returns a line of result."""
     rows = []
     for job in progress(iterable=jobs(experiment.recipe, experiment.device), desc="benchmark", unit="row"):
-        # A process of its own, so that no row inherits another's memory, threads or caches.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            rows.append(pool.submit(measure, experiment, job).result())
-    summary = summarise(rows)
-    write_json(experiment.benchmark, {"machine": machine(experiment.device), "rows": rows, "summary": summary})
-    return f"{summary[-1]} {experiment.benchmark}"
+        rows.append(_alone(measure, experiment, job))
+    result: dict[str, Any] = {"machine": machine(experiment.device), "rows": rows, "summary": summarise(rows)}
+    if experiment.recipe.benchmark.train:
+        result["training"] = [_alone(measure_training, experiment, *of) for of in _trainings(experiment)]
+        result["summary"] += [
+            f"{_threads(row['threads'])}: the training of the {row['model']} takes {row['samples_per_second']:,.0f} "
+            f"samples/s, {100 * row['share_of_ceiling']:.0f} % of the ceiling; {100 * row['share_of_loading']:.1f} % "
+            f"of its time loads data."
+            for row in result["training"]
+        ]
+    write_json(experiment.benchmark, result)
+    return f"{result['summary'][-1]} {experiment.benchmark}"
 
 
 def jobs(recipe: Recipe, device: torch.device) -> list[Job]:
@@ -159,6 +168,60 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
     return row
 
 
+def measure_training(experiment: Experiment, kind: Kind, threads: int) -> dict[str, Any]:
+    """The pace of one training: the median step, as the recipe has it, once all is compiled and warm.
+
+    Its operations are counted as three forward passes of what is trained (one forward, two backward), and, of a
+    teacher that is distilled, two (one forward, one backward to the student's sample).
+    """
+    recipe, device = experiment.recipe, experiment.device
+    torch.set_num_threads(threads)
+    flops = 0.0
+    if kind == "teacher":
+        task = teacher_task(recipe)
+    else:
+        teacher = experiment.model("teacher")
+        flops += 2 * teacher.flops_per_sample
+        if recipe.student.training.compile:
+            compile_networks(teacher)
+        task = student_task(recipe, teacher)
+    settings = task.settings
+    batches = Batches(task, experiment.corpus(), experiment.audio, recipe, device)
+    learner = Learner(task, recipe, device)
+    flops += 3 * learner.model.flops_per_sample
+    if settings.compile:
+        compile_networks(learner.model)
+
+    def step(number: int) -> None:
+        learner.step(batches.terms(learner.model, number), number)
+
+    setup = sum(_seconds(functools.partial(step, number), device) for number in range(TRAIN_WARMUP))
+    seconds = [_seconds(functools.partial(step, number), device) for number in range(TRAIN_STEPS)]
+    loading = [
+        _seconds(functools.partial(batches.train.draw, settings.batch_size, random_stream(number)), device)
+        for number in range(TRAIN_STEPS)
+    ]
+    median = statistics.median(seconds)
+    speed = settings.batch_size * settings.segment_frames * recipe.audio.hop_length / median
+    ceiling = matrix_product_ceiling(learner.model, device)
+    return {
+        "model": kind,
+        "device": str(device),
+        "threads": threads,
+        "batch_size": settings.batch_size,
+        "compiled": settings.compile,
+        "seconds_median": median,
+        "seconds_all": seconds,
+        "samples_per_second": speed,
+        "setup_seconds": max(0.0, setup - TRAIN_WARMUP * median),
+        "share_of_loading": statistics.median(loading) / median,
+        "flops_per_sample": flops,
+        "ceiling_flops_per_second": ceiling,
+        "share_of_ceiling": speed * flops / ceiling,
+        "peak_memory_bytes": _peak(device),
+    }
+
+
 def summarise(rows: list[dict[str, Any]]) -> list[str]:
     """What the rows mean, in words: what is how many times as fast as what, and where the student loses."""
     lines = []
@@ -237,6 +300,19 @@ def machine(device: torch.device) -> dict[str, Any]:
         "wavedistill": __version__,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _alone(call: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """The result of a call in a process of its own, which inherits no memory, threads or caches."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *args).result()
+
+
+def _trainings(experiment: Experiment) -> Iterator[tuple[Kind, int]]:
+    threads = experiment.recipe.benchmark.threads
+    for count in threads if experiment.device.type == "cpu" else threads[:1]:
+        yield "teacher", count
+        yield "student", count
 
 
 def _model(experiment: Experiment, job: Job) -> WaveformModel:

@@ -2,14 +2,10 @@
 
 from pathlib import Path
 
-from torch import Tensor
-
-from wavedistill.data import Batch, random_stream
-from wavedistill.distillation import Distillation
 from wavedistill.experiment import Experiment, Stage, fingerprint
-from wavedistill.models import WaveformModel, compile_networks
-from wavedistill.sampling import sample
-from wavedistill.training import Task, fit
+from wavedistill.models import compile_networks
+from wavedistill.tasks import student_task
+from wavedistill.training import fit
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "student"}
 """The parts of the recipe that the student's training depends on."""
@@ -27,25 +23,10 @@ def run(experiment: Experiment) -> str:
     if recipe.student.training.compile:
         compile_networks(teacher)
 
-    distillation = Distillation(teacher, recipe)
-
-    def draw(model: WaveformModel, batch: Batch) -> Tensor:
-        noise = model.base.noise(tuple(batch.audio.shape), random_stream(recipe.seed)).to(experiment.device)
-        return sample(model(batch.mel), noise)
-
     # The number of steps is left out: a training may be lengthened.
     trajectory = recipe.model_dump(mode="json", include=READS, exclude={"student": {"training": {"steps"}}})
-    predictor = {} if teacher.pitch is None else teacher.pitch.state_dict()
-    weights = recipe.student.loss.model_dump(exclude={"kl_estimator", "kl_draws"})
     outcome = fit(
-        Task(
-            "student",
-            recipe.student.training,
-            distillation.terms,
-            weights,
-            draw,
-            given={f"pitch.{name}": value for name, value in predictor.items()},
-        ),
+        student_task(recipe, teacher),
         experiment.corpus(),
         experiment.audio,
         recipe=recipe,

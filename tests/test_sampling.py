@@ -1,7 +1,10 @@
 """Every sampler equals the naive one, which equals the definition."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -9,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import noise, small_flow, small_mel, small_model
+from tests.conftest import RECIPES, noise, small_flow, small_mel, small_model
 from wavedistill.compiled import AHEAD, _exponential, _solve_mixture
+from wavedistill.config import Recipe
 from wavedistill.flows import Affine, Autoregressive, Elementwise, MixtureCdf, StandardLogistic, StandardNormal
 from wavedistill.sampling import (
+    STREAM_BLOCKS,
     Solver,
     cached,
     compiled,
@@ -150,13 +155,46 @@ def test_student_sampling_is_its_one_pass() -> None:
 @pytest.mark.parametrize("pitch", [True, False])
 def test_a_stream_equals_one_pass(pieces: int, pitch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The past of every layer, of linear prediction and of the source's phase cross the borders of blocks."""
-    monkeypatch.setattr("wavedistill.sampling.STREAM_BLOCK", 24)
+    monkeypatch.setitem(STREAM_BLOCKS, "cpu", 24)
     model = small_model("student", pitch=pitch)
     mel, z = small_mel(2, 38), noise(2, 38 * 8)
     given = iter(z.split(8, 1))
     blocks = list(stream(model, mel.split(pieces, -1), lambda n: torch.cat([next(given) for _ in range(n // 8)], 1)))
     assert max(block.shape[1] for block in blocks) <= 24
     torch.testing.assert_close(torch.cat(blocks, 1), sample(model(mel), z), rtol=0, atol=1e-9)
+
+
+MEMORY = """
+import sys
+import torch
+from pathlib import Path
+from wavedistill.config import load_recipe
+from wavedistill.data import random_stream
+from wavedistill.models import build
+from wavedistill.sampling import stream
+
+torch.set_num_threads(1)
+recipe = load_recipe(Path(sys.argv[1]))
+model, generator = build("student", recipe, 0), random_stream(0)
+pieces = (torch.full((1, recipe.audio.n_mels, 8), -5.0) for _ in range(int(sys.argv[2])))
+count = sum(block.shape[1] for block in stream(model, pieces, lambda n: model.base.noise((1, n), generator)))
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+print(count, peak.split()[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+def test_memory_of_a_stream_does_not_grow_with_its_length(tiny: Recipe) -> None:
+    seconds_a_piece = 8 * tiny.audio.hop_length / tiny.audio.sample_rate
+    found = []
+    for seconds in (1, 40):
+        command = [sys.executable, "-c", MEMORY, RECIPES / "tiny.toml", str(round(seconds / seconds_a_piece))]
+        count, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert int(count) > 0.9 * seconds * tiny.audio.sample_rate
+        found.append(int(peak))
+    # The samples alone would take 2.5 MB, one layer's activations tens of MB.
+    assert found[1] - found[0] < 2048
 
 
 def test_a_sequential_model_cannot_be_streamed() -> None:

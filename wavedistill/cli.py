@@ -16,7 +16,7 @@ from wavedistill.data import random_stream
 from wavedistill.errors import RecipeError, UserError
 from wavedistill.experiment import Experiment, run_stage
 from wavedistill.progress import note
-from wavedistill.sampling import sample
+from wavedistill.sampling import sample, stream
 from wavedistill.stages import STAGES
 
 app = typer.Typer(
@@ -153,14 +153,21 @@ def _synthesise(loaded: Checkpoint, path: Path, seed: int, temperature: float) -
         samples = audio.pad_to_hops(audio.read(path, settings.sample_rate), settings.hop_length)
         gain = audio.level_gain(samples, settings.level_db)
         mel = audio.LogMel(settings).of_file(samples[None] * gain, context)
-    device = next(loaded.model.parameters()).device
-    length = (mel.shape[-1] - 2 * context) * settings.hop_length
-    noise = loaded.model.base.noise((1, length), random_stream(seed)).to(device) * temperature
-    with torch.inference_mode():
-        # F0 predicted from the log-mel serves both kinds of input, and sounds better than F0 tracked in a recording.
-        distribution = loaded.model(mel.to(device))
-    label = path.name if loaded.kind == "teacher" else None
-    wave = sample(distribution, noise, label=label)[0].cpu() / gain
+    model, generator = loaded.model, random_stream(seed)
+    mel = mel.to(next(model.parameters()).device)
+
+    def noise(count: int) -> Tensor:
+        return model.base.noise((1, count), generator).to(mel) * temperature
+
+    if loaded.kind == "student":
+        wave = torch.cat([block[0].cpu() for block in stream(model, [mel], noise)])
+    else:
+        with torch.inference_mode():
+            distribution = model(mel)
+        wave = sample(distribution, noise((mel.shape[-1] - 2 * context) * settings.hop_length), label=path.name)[
+            0
+        ].cpu()
+    wave = wave / gain
     if not wave.isfinite().all():
         raise UserError(f"{path}: the {loaded.kind} drew values that are not finite; try a lower --temperature")
     return wave, int((wave.abs() > 1).sum())

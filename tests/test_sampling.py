@@ -17,7 +17,7 @@ from wavedistill.compiled import AHEAD, _exponential, _solve_mixture
 from wavedistill.config import Recipe
 from wavedistill.flows import Affine, Autoregressive, Elementwise, MixtureCdf, StandardLogistic, StandardNormal
 from wavedistill.sampling import (
-    STREAM_BLOCKS,
+    STREAM_VALUES,
     Solver,
     cached,
     compiled,
@@ -155,7 +155,7 @@ def test_student_sampling_is_its_one_pass() -> None:
 @pytest.mark.parametrize("pitch", [True, False])
 def test_a_stream_equals_one_pass(pieces: int, pitch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The past of every layer, of linear prediction and of the source's phase cross the borders of blocks."""
-    monkeypatch.setitem(STREAM_BLOCKS, "cpu", 24)
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6)
     model = small_model("student", pitch=pitch)
     mel, z = small_mel(2, 38), noise(2, 38 * 8)
     given = iter(z.split(8, 1))

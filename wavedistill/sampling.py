@@ -21,8 +21,8 @@ BLOCK = 4096
 """Steps that the compiled loop takes between two looks at the progress."""
 STEPS_BLOCK = 128
 """Steps that the cached sampler takes on the same buffers, at least."""
-STREAM_BLOCKS = {"cpu": 1600, "cuda": 65536}
-"""Samples of a student's block, at most: its activations fit into a core's cache, or occupy a GPU."""
+STREAM_VALUES = {"cpu": 100_000, "cuda": 4_000_000}
+"""Activations of a layer in a student's block, about: they fit into a core's cache, or occupy a GPU."""
 Solver = Callable[[Autoregressive, Tensor, tuple[Tensor | None, ...], str | None], Tensor]
 
 
@@ -169,8 +169,9 @@ class _ParallelBlocks:
         self.flows = [part for part in model.flows.parts if isinstance(part, Autoregressive)]
         if any(flow.reads == "x" for flow in self.flows):
             raise ValueError("only parallel models can be streamed: a masked autoregressive flow samples step by step")
-        device = next(model.parameters()).device
-        self.most_frames = max(1, STREAM_BLOCKS[device.type] // model.encoder.hop_length)
+        widest = max(conditioner_of(flow).wavenet.channels for flow in self.flows)
+        values_a_frame = model.encoder.hop_length * widest
+        self.most_frames = max(1, STREAM_VALUES[next(model.parameters()).device.type] // values_a_frame)
         self._states: list[WaveNetState] = []
         self._phase: Tensor | None = None
         self._tail: Tensor | None = None

@@ -229,7 +229,9 @@ class WaveNet(nn.Module):
 
     def _layer(self, i: int, y: Tensor, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         filtered, gate = y.chunk(2, -1)
-        out = self.outputs[i](torch.tanh(filtered) * torch.sigmoid(gate))
+        # tanh(f) = 2 sigmoid(2f) - 1: on a CPU, torch's tanh takes as long as six of its sigmoids.
+        opened = torch.sigmoid(gate)
+        out = self.outputs[i](torch.addcmul(-opened, torch.sigmoid(2 * filtered), opened, value=2))
         skip = skip + out[..., : self.skip_channels]
         if i < len(self.outputs) - 1:
             h = h + out[..., self.skip_channels :]

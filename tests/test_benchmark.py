@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wavedistill.config import Recipe, validate_recipe
-from wavedistill.stages.benchmark import crossovers, jobs, summarise
+from wavedistill.stages.benchmark import crossovers, jobs, sized_jobs, summarise
 from wavedistill.stages.report import crossover_plot, speed_plot
 
 CPU = torch.device("cpu")
@@ -54,34 +54,37 @@ def test_crossover_is_where_both_draw_equally_fast() -> None:
     assert not crossovers([row("compiled", 1e6), *ROWS]), "no student of these is faster"
 
 
-def test_a_quick_and_a_full_table(tiny: Recipe, tiny_data: dict[str, Any]) -> None:
-    quick = jobs(tiny, CPU)
-    assert [job.sampler for job in quick] == ["naive", "cached", "compiled", "parallel", "streamed"]
-    tiny_data["benchmark"].update(full=True, threads=[1, 2])
-    full = jobs(validate_recipe(tiny_data, "tiny.toml"), CPU)
-    assert {job.batch_size for job in full} == {1, 16}
-    assert {job.threads for job in full} == {1, 2}
-    assert max(job.num_samples for job in full) == 60 * 16000
-    assert max(job.num_samples for job in full if job.sampler == "cached") < 16000, "which would take minutes"
-    assert max(job.num_samples * job.batch_size for job in full) <= 60 * 16000
-    assert len({job.layers for job in full}) > 4
-
-
-def test_a_gpu_has_a_recorded_sampler_and_one_number_of_threads(tiny: Recipe, tiny_data: dict[str, Any]) -> None:
+def test_every_sampler_has_a_row_for_every_length(tiny: Recipe, tiny_data: dict[str, Any]) -> None:
     tiny_data["benchmark"]["threads"] = [1, 2]
-    found = jobs(validate_recipe(tiny_data, "tiny.toml"), torch.device("cuda"))
+    found = jobs(validate_recipe(tiny_data, "tiny.toml"), CPU, [(1, 0.5), (1, 60), (16, 2)])
+    assert [job.sampler for job in found if job.threads == 2] == [
+        "naive",
+        *["cached", "compiled", "parallel", "streamed"] * 3,
+    ]
+    assert {(job.batch_size, job.num_samples) for job in found if job.sampler == "streamed"} == {
+        (1, 8000),
+        (1, 60 * 16000),
+        (16, 2 * 16000),
+    }
+    assert max(job.num_samples for job in found if job.sampler == "cached") == 16000, "more would take minutes"
+    sized = sized_jobs(tiny, CPU)
+    assert {job.sampler for job in sized} == {"streamed"}
+    assert len({job.layers for job in sized}) > 4
+
+
+def test_a_gpu_has_a_recorded_sampler_and_one_number_of_threads(tiny_data: dict[str, Any]) -> None:
+    tiny_data["benchmark"]["threads"] = [1, 2]
+    gpu = torch.device("cuda")
+    found = jobs(validate_recipe(tiny_data, "tiny.toml"), gpu, [(1, 1)])
     assert [job.sampler for job in found] == ["naive", "cached", "graphed", "parallel", "streamed"]
     tiny_data["teacher"]["components"] = 3  # whose inverse is found by a search
     tiny_data["student"]["loss"]["kl_estimator"] = "mc-k"
-    found = jobs(validate_recipe(tiny_data, "tiny.toml"), torch.device("cuda"))
+    found = jobs(validate_recipe(tiny_data, "tiny.toml"), gpu, [(1, 1)])
     assert "graphed" not in {job.sampler for job in found}
 
 
 def test_plots_show_every_row_once() -> None:
     (axes,) = speed_plot(ROWS, 16000).axes
     assert len(axes.patches) == 5
-    plot = crossover_plot(ROWS)
-    assert plot is not None
-    (line, _) = plot.axes[0].lines
+    (line, _) = crossover_plot(ROWS).axes[0].lines
     assert list(line.get_xdata()) == [1, 2, 4]
-    assert crossover_plot(ROWS[:5]) is None

@@ -1,6 +1,7 @@
 """The command line as a user types it: the whole pipeline in miniature, waveforms from checkpoints, and mistakes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from tests.test_audio import speech_like
 from wavedistill.audio import LogMel
 from wavedistill.checkpoint import load_model
 from wavedistill.config import Gates, load_recipe
-from wavedistill.stages import STAGES
+from wavedistill.experiment import Experiment, run_stage
+from wavedistill.stages import STAGES, benchmark
 from wavedistill.stages.evaluate import gates
 
 TINY = str(RECIPES / "tiny.toml")
@@ -158,6 +160,33 @@ def test_benchmark_compares_the_samplers_of_one_pair(tiny_run: Path) -> None:
     assert rows["cached"]["samples_per_second"] > rows["naive"]["samples_per_second"]
     assert {"cpu", "torch", "date"} <= set(benchmark["machine"])
     assert [line for line in benchmark["summary"] if "times as fast as the teacher's compiled sampler" in line]
+
+
+@pytest.mark.slow
+def test_tables_on_demand_measure_batches_sizes_and_trainings(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "FULL_SECONDS", (0.1,))
+    monkeypatch.setattr(benchmark, "CROSSOVER", (0.5, 1))
+    monkeypatch.setattr(benchmark, "CROSSOVER_SECONDS", 0.1)
+    root = tmp_path / "tiny"
+    shutil.copytree(tiny_run, root)
+    experiment = Experiment(load_recipe(Path(TINY)), root, torch.device("cpu"))
+    assert benchmark.run_full(experiment).endswith("benchmark_full.json")
+    rows = json.loads((root / "benchmark_full.json").read_text())["rows"]
+    assert {row["batch_size"] for row in rows} == {1, 16}
+    batch = next(row for row in rows if row["batch_size"] == 16 and row["sampler"] == "compiled")
+    assert batch["samples_per_second"] == pytest.approx(16 * 1600 / batch["seconds_median"])
+    small, large = (row["flops_per_sample"] for row in rows if not row["trained"])
+    assert small < large
+    assert "training of the student" in benchmark.run_train(experiment)
+    table = json.loads((root / "benchmark_train.json").read_text())
+    assert [row["model"] for row in table["rows"]] == ["teacher", "student"]
+    for row in table["rows"]:
+        assert 0 < row["share_of_loading"] < 1
+        assert 0 < row["share_of_ceiling"] < 1
+    assert run_stage(STAGES["report"], experiment).endswith("report.html")
+    assert "training of the student" in (root / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import RECIPES, noise, small_flow, small_mel, small_model
+from tests.conftest import RECIPES, SMALL_AUDIO, noise, small_flow, small_mel, small_model
 from wavedistill.compiled import AHEAD, _exponential, _solve_mixture
 from wavedistill.config import Recipe
 from wavedistill.flows import Affine, Autoregressive, Elementwise, MixtureCdf, StandardLogistic, StandardNormal
+from wavedistill.linear_prediction import LinearPredictionFromMel
 from wavedistill.sampling import (
     STREAM_VALUES,
     Solver,
@@ -26,6 +27,7 @@ from wavedistill.sampling import (
     invert,
     naive,
     sample,
+    slices,
     stream,
 )
 
@@ -158,8 +160,7 @@ def test_a_stream_equals_one_pass(pieces: int, pitch: bool, monkeypatch: pytest.
     monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6)
     model = small_model("student", pitch=pitch)
     mel, z = small_mel(2, 38), noise(2, 38 * 8)
-    given = iter(z.split(8, 1))
-    blocks = list(stream(model, mel.split(pieces, -1), lambda n: torch.cat([next(given) for _ in range(n // 8)], 1)))
+    blocks = list(stream(model, mel.split(pieces, -1), slices(z)))
     assert max(block.shape[1] for block in blocks) <= 24
     torch.testing.assert_close(torch.cat(blocks, 1), sample(model(mel), z), rtol=0, atol=1e-9)
 
@@ -197,6 +198,18 @@ def test_memory_of_a_stream_does_not_grow_with_its_length(tiny: Recipe) -> None:
     assert found[1] - found[0] < 2048
 
 
+@pytest.mark.parametrize("pieces", [1, 40])
+def test_a_stream_in_float32_equals_one_pass(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding differs with the length of a block; it must not decide on harmonics, nor ring on in a filter."""
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6)
+    model = small_model("student").float()
+    model.envelope = LinearPredictionFromMel(SMALL_AUDIO, 4)  # whose constants are in float64
+    mel, z = small_mel(2, 38).float(), noise(2, 38 * 8).float()
+    streamed = torch.cat(list(stream(model, mel.split(pieces, -1), slices(z))), 1)
+    whole = sample(model(mel), z)
+    assert (streamed - whole).abs().max() < 1e-6 * whole.abs().max()
+
+
 def test_a_sequential_model_cannot_be_streamed() -> None:
     with pytest.raises(ValueError, match="parallel"):
         next(stream(small_model("teacher"), [small_mel(1, 5)], lambda n: noise(1, n)))
@@ -205,7 +218,10 @@ def test_a_sequential_model_cannot_be_streamed() -> None:
 def test_recorded_steps_equal_naive(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the recording itself, which needs a GPU: whole blocks on buffers that stay, after a trial run."""
 
-    def record(run: Callable[[], None]) -> Callable[[], None]:
+    recordings = []
+
+    def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        recordings.append(run)
         run()
         return run
 
@@ -214,7 +230,24 @@ def test_recorded_steps_equal_naive(monkeypatch: pytest.MonkeyPatch) -> None:
     flow, z = small_flow("x", source_channels=2), noise(2, 37)
     context = (noise(2, 10, 3), noise(2, 40, 2))
     with torch.no_grad():
-        assert (graphed(flow, z, context) - naive(flow, z, context)).abs().max() < 1e-9
+        for noisy in (z, -z):  # the second on the first one's recording
+            assert (graphed(flow, noisy, context) - naive(flow, noisy, context)).abs().max() < 1e-9
+    assert len(recordings) == 1
+
+
+def test_what_cannot_be_recorded_is_refused() -> None:
+    with pytest.raises(ValueError, match="GPU"):
+        graphed(small_flow("x"), noise(1, 8), (noise(1, 2, 3),))
+    with pytest.raises(ValueError, match="mixture"):
+        graphed(flow_of(MIXTURES[0], "x"), noise(1, 8), (noise(1, 2, 3),))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_conditioning_that_is_too_short_is_refused(solver: Solver) -> None:
+    with pytest.raises(ValueError, match=r"\(2, 9, 3\), each for 4 steps, does not cover \(2, 37\)"):
+        solver(small_flow("x"), noise(2, 37), (noise(2, 9, 3),))
+    with pytest.raises(ValueError, match="does not cover"):
+        solver(small_flow("x"), noise(2, 36), (noise(1, 9, 3),))
 
 
 def test_naive_from_a_later_start_costs_only_what_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,10 +274,6 @@ class Benchmark(Section):
     """CPU threads."""
     repeats: PositiveInt
     """Timed runs after one warm-up, at least; more of short ones, until they add up to a second."""
-    full: bool = False
-    """Durations up to a minute, batches and students of several sizes, in place of `seconds`."""
-    train: bool = False
-    """Steps of both trainings too."""
 
 
 class Recipe(Section):

@@ -88,6 +88,10 @@ class Experiment:
         """Sampling speed."""
         return self.root / "benchmark.json"
 
+    def benchmark_of(self, what: str) -> Path:
+        """A table of the benchmark that is measured on demand: "full" or "train"."""
+        return self.root / f"benchmark_{what}.json"
+
     @property
     def report(self) -> Path:
         """The page that shows it all."""

@@ -38,17 +38,21 @@ class LinearPrediction(Transform):
         super().__init__()
         self.hop_length = hop_length
 
-    def forward(self, z: Tensor, context: Context = None, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `Transform.forward`, after a past (B, any length) of x where z continues a sequence."""
+    def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+        _, log_gain = context
+        x = self.synthesise(z, context, z.new_zeros(len(z), 0))
+        return x.to(z.dtype), self._per_sample(log_gain, z.shape[1]).expand(len(z), -1)
+
+    def synthesise(self, z: Tensor, context: Context, past: Tensor) -> Tensor:
+        """x of z (B, T) after a past (B, any length) of x, in float64: rounding would ring on in a sharp filter."""
         coefficients, log_gain = context
         order = coefficients.shape[-1]
         if coefficients.shape[1] * self.hop_length < z.shape[1]:
             raise ValueError(f"{coefficients.shape[1]} frames of {self.hop_length} samples do not cover {z.shape[1]}")
-        coefficients = coefficients.expand(len(z), -1, -1)
-        log_gain = self._per_sample(log_gain, z.shape[1]).expand(len(z), -1)
-        past = z.new_zeros(len(z), order) if past is None else F.pad(past, (order, 0))[:, past.shape[1] :]
+        excitation = z.double() * self._per_sample(log_gain, z.shape[1]).double().exp()
+        past = F.pad(past, (order, 0))[:, past.shape[1] :].double()
         filtered = _Synthesis.apply if z.device.type == "cpu" else synthesise_by_frames
-        return filtered(z * log_gain.exp(), coefficients, self.hop_length, past), log_gain
+        return filtered(excitation, coefficients.expand(len(z), -1, -1).double(), self.hop_length, past)
 
     def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         coefficients, log_gain = context
@@ -77,7 +81,9 @@ class LinearPredictionFromMel(nn.Module):
         order: number of coefficients K.
     """
 
-    interpolation: Tensor
+    lower: Tensor
+    upper: Tensor
+    share: Tensor
     band_gain: Tensor
     lag_window: Tensor
 
@@ -88,13 +94,15 @@ class LinearPredictionFromMel(nn.Module):
         gain = filters.sum(1)
         centres = (filters @ torch.arange(filters.shape[1]).double() / gain)[gain > 0].numpy()
         # A band so narrow that it holds no bin says nothing: its neighbours are interpolated.
-        used = np.eye(len(gain))[(gain > 0).numpy()]
-        bins = np.arange(filters.shape[1])
-        interpolation = np.stack([np.interp(bins, centres, column) for column in used.T], 1)  # (bins, n_mels)
+        (used,) = np.nonzero(gain.numpy() > 0)
+        place = np.interp(np.arange(filters.shape[1]), centres, np.arange(len(used)))
+        lower = np.minimum(place.astype(int), max(len(used) - 2, 0))
         lag = 2 * np.pi * LAG_WINDOW_HZ / settings.sample_rate * np.arange(order + 1)
         # The mean magnitude of noise is sqrt(pi) / 2 of its RMS, and the analysis window scales its power.
         window_power = torch.hann_window(settings.n_fft).double().square().sum()
-        self.register_buffer("interpolation", torch.from_numpy(interpolation), persistent=False)
+        self.register_buffer("lower", torch.from_numpy(used[lower]), persistent=False)
+        self.register_buffer("upper", torch.from_numpy(used[np.minimum(lower + 1, len(used) - 1)]), persistent=False)
+        self.register_buffer("share", torch.from_numpy(place - lower), persistent=False)
         self.register_buffer("band_gain", gain.clamp_min(1e-30).log(), persistent=False)
         self.register_buffer("lag_window", torch.from_numpy(np.exp(-0.5 * lag**2)), persistent=False)
         self.power_scale = float(4 / torch.pi / window_power)
@@ -103,7 +111,9 @@ class LinearPredictionFromMel(nn.Module):
         """Log-mel (B, n_mels, F) -> coefficients (B, F, order) and log-gain (B, F); without gradient."""
         with torch.no_grad():
             bands = log_mel.transpose(1, 2).double() - self.band_gain
-            power = (2 * bands @ self.interpolation.T).exp() * self.power_scale  # (B, F, bins)
+            # Not a matrix product, whose rounding would differ with the number of frames, and grow in what follows.
+            bins = torch.lerp(bands[..., self.lower], bands[..., self.upper], self.share)
+            power = (2 * bins).exp() * self.power_scale  # (B, F, bins)
             autocorrelation = torch.fft.irfft(power)[..., : self.order + 1] * self.lag_window
             autocorrelation[..., 0] *= 1 + WHITE_NOISE
             autocorrelation[..., 0] += 1 / (12 * PCM16_STEPS**2)
@@ -149,7 +159,7 @@ def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: i
     """The all-pole filter of `_Synthesis` in parallel over the samples of a frame, for devices that like that better.
 
     Within a frame the filter is constant: its output is the excitation convolved with the impulse response, plus what
-    rings on of the K samples before it. Only those K are handed from frame to frame. In float64, because responses to
+    rings on of the K samples before it. Only those K are handed from frame to frame. For float64, because responses to
     single samples of the past are far larger than their sum.
 
     Args:
@@ -160,8 +170,8 @@ def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: i
     """
     length, order = excitation.shape[1], coefficients.shape[-1]
     frames = math.ceil(length / hop_length)
-    blocks = F.pad(excitation.double(), (0, frames * hop_length - length)).unflatten(1, (frames, hop_length))
-    a = coefficients[:, :frames].flip(-1).double()
+    blocks = F.pad(excitation, (0, frames * hop_length - length)).unflatten(1, (frames, hop_length))
+    a = coefficients[:, :frames].flip(-1)
     # Column k < K answers to a one in x_{k-K} and no excitation, column K to an impulse and no past.
     responses = list(torch.eye(order, order + 1, dtype=a.dtype, device=a.device).expand(*a.shape[:2], -1, -1).unbind(2))
     impulse = torch.eye(order + 1, dtype=a.dtype, device=a.device)[order]
@@ -172,12 +182,12 @@ def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: i
     size = 2 * hop_length
     spectrum = torch.fft.rfft(blocks, size) * torch.fft.rfft(response[..., order], size)
     forced, ringing = torch.fft.irfft(spectrum, size)[..., :hop_length], response[..., :order]
-    past, out = past.double(), []
+    out = []
     for f in range(frames):
         x = forced[:, f] + (ringing[:, f] @ past.unsqueeze(-1)).squeeze(-1)
         past = x[:, hop_length - order :]
         out.append(x)
-    return torch.cat(out, 1)[:, :length].to(excitation.dtype)
+    return torch.cat(out, 1)[:, :length]
 
 
 class _Synthesis(torch.autograd.Function):

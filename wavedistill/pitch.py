@@ -112,14 +112,19 @@ class PitchPredictor(nn.Module):
 
     @torch.no_grad()
     def forward(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, n_mels, F) -> F0 (B, F), without gradient."""
-        voicing, bins = self._logits(mel)
+        """Log-mel (B, n_mels, F) -> F0 (B, F), without gradient.
+
+        In float64, because the number of harmonics of a pulse train jumps with F0: rounding must not decide.
+        """
+        weights = {name: weight.double() for name, weight in self.layers.state_dict().items()}
+        logits = torch.func.functional_call(self.layers, weights, (normalise_log_mel(mel.double()),))
+        voicing, bins = logits[:, 0], logits[:, 1:]
         # The mean over the highest bin and its neighbours: finer than a bin, and deaf to a second peak an octave away.
         peak = bins.argmax(1, keepdim=True)
         number = torch.arange(BINS, device=mel.device)[None, :, None]
-        weights = bins.masked_fill((number - peak).abs() > 2, -math.inf).softmax(1)
-        f0 = (weights * self.centres[:, None]).sum(1).exp()
-        return torch.where(voicing > 0, f0, 0.0)
+        near = bins.masked_fill((number - peak).abs() > 2, -math.inf).softmax(1)
+        f0 = (near * self.centres[:, None]).sum(1).exp()
+        return torch.where(voicing > 0, f0, 0.0).to(mel.dtype)
 
     def features(self, f0: Tensor) -> Tensor:
         """F0 (B, F) -> what a network sees of it (B, 2, F): voiced or not, and log F0 in [-1, 1], 0 where unvoiced."""

@@ -4,6 +4,7 @@ An autoregressive bijection has one direction that takes T steps: there, the con
 being produced (x of the teacher, or z of a student flow that is inverted). A `Solver` computes that direction.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -61,30 +62,48 @@ def naive(
 
 def cached(flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None) -> Tensor:
     """The sequential direction of one flow, one network step a sample on buffers of the past; arguments as `naive`."""
-    steps = _Steps(flow, given, context)
-    return steps.all(given, context, label, steps.run)
+    features, source = _covering(flow, given, context)
+    steps = _Steps(flow, len(given), 0 if source is None else source.shape[-1])
+    return steps.all(given, features, source, label, steps.run)
 
 
 def graphed(
     flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None
 ) -> Tensor:
-    """As `cached`, with a block of steps recorded once as a CUDA graph and replayed: for affine flows on a GPU."""
-    steps = _Steps(flow, given, context)
-    replay = _record(lambda: steps.run(steps.size))
+    """As `cached`, with a block of its steps recorded once as a CUDA graph and replayed: for affine flows on a GPU.
+
+    The last recording is kept, and serves again for the same flow and batch size.
+
+    Raises:
+        ValueError: for a mixture, whose inverse is found by a search that looks at values.
+    """
+    if not isinstance(flow.elementwise, Affine):
+        raise ValueError("only the steps of an affine flow can be recorded; use `cached` for a mixture")
+    features, source = _covering(flow, given, context)
+    steps, replay = _recorded(flow, len(given), 0 if source is None else source.shape[-1])
     steps.reset()
-    return steps.all(given, context, label, lambda count: replay())
+    return steps.all(given, features, source, label, lambda count: replay())
 
 
-def _record(run: Callable[[], None]) -> Callable[[], None]:
+@functools.lru_cache(maxsize=1)
+def _recorded(flow: Autoregressive, batch_size: int, source_channels: int) -> tuple["_Steps", Callable[[], None]]:
+    steps = _Steps(flow, batch_size, source_channels)
+    return steps, _record(lambda: steps.run(steps.size), steps.given.device)
+
+
+def _record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """What does on a GPU, in one go, what a function does without ever looking at a value."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # libraries set themselves up before a recording, not in it
-        run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    if device.type != "cuda":
+        raise ValueError(f"steps are recorded on a CUDA GPU, and the network is on {device}")
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries set themselves up before a recording, not in it
+            run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
     return graph.replay
 
 
@@ -92,7 +111,7 @@ def compiled(
     flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None
 ) -> Tensor:
     """The sequential direction of one flow in a compiled loop, on the CPU; arguments as in `naive`."""
-    loop = CompiledLoop(flow, conditioner_of(flow), context, len(given))
+    loop = CompiledLoop(flow, conditioner_of(flow), _covering(flow, given, context), len(given))
     blocks = [loop(given[:, t : t + BLOCK]) for t in _steps(0, given.shape[1], label, BLOCK)]
     return torch.cat(blocks, 1)
 
@@ -161,6 +180,18 @@ def stream(model: WaveformModel, mel: Iterable[Tensor], noise: Callable[[int], T
         known, first = known[..., unused:], first + unused
 
 
+def slices(noise: Tensor) -> Callable[[int], Tensor]:
+    """For `stream`: gives noise (B, T) that is drawn already, piece by piece."""
+    position = 0
+
+    def following(count: int) -> Tensor:
+        nonlocal position
+        position += count
+        return noise[:, position - count : position]
+
+    return following
+
+
 class _ParallelBlocks:
     """Consecutive blocks of a parallel model's waveform; arguments as in `stream`."""
 
@@ -189,10 +220,10 @@ class _ParallelBlocks:
         if not isinstance(model.shared, LinearPrediction):
             return model.shared(x)[0]
         coefficients, log_gain = model.shared_context(mel)
-        x, _ = model.shared(x, (coefficients, log_gain), self._tail)
-        heard = x if self._tail is None else torch.cat([self._tail, x], 1)
-        self._tail = heard[:, -coefficients.shape[-1] :]
-        return x
+        tail = x.new_zeros(len(x), 0, dtype=torch.float64) if self._tail is None else self._tail
+        wave = model.shared.synthesise(x, (coefficients, log_gain), tail)
+        self._tail = torch.cat([tail, wave], 1)[:, -coefficients.shape[-1] :]
+        return wave.to(x.dtype)
 
 
 @torch.inference_mode()
@@ -237,18 +268,18 @@ class _Steps:
         source: (size, B, S), or None.
     """
 
-    def __init__(self, flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...]) -> None:
-        features, source = (*context, None, None)[:2]
+    def __init__(self, flow: Autoregressive, batch_size: int, source_channels: int) -> None:
         self.flow, self.conditioner = flow, conditioner_of(flow)
-        net, batch_size = self.conditioner.wavenet, len(given)
+        net = self.conditioner.wavenet
         self.repeat = net.repeat
         self.size = -(-STEPS_BLOCK // net.repeat) * net.repeat
         self.state = WaveNetState(net, batch_size, self.size)
-        self.given, self.out = (given.new_zeros(self.size, batch_size) for _ in range(2))
-        projected = net.project(None if features is None else features[:, :1])
-        self.context = None if projected is None else projected.repeat(self.size // net.repeat, 1, 1, 1)
-        self.source = None if source is None else source.new_zeros(self.size, batch_size, source.shape[-1])
-        self.previous = given.new_zeros(batch_size)
+        zeros = net.input.weight.new_zeros
+        self.given, self.out = (zeros(self.size, batch_size) for _ in range(2))
+        shape = (self.size // net.repeat, len(net.dilations), batch_size, 2 * net.channels)
+        self.context = None if net.context is None else zeros(shape)
+        self.source = zeros(self.size, batch_size, source_channels) if source_channels else None
+        self.previous = zeros(batch_size)
 
     def load(self, given: Tensor, features: Tensor | None, source: Tensor | None) -> None:
         """Put in what the next steps need, each (B, ...) and for at most `size` of them."""
@@ -276,10 +307,14 @@ class _Steps:
             buffer.zero_()
 
     def all(
-        self, given: Tensor, context: tuple[Tensor | None, ...], label: str | None, run: Callable[[int], None]
+        self,
+        given: Tensor,
+        features: Tensor | None,
+        source: Tensor | None,
+        label: str | None,
+        run: Callable[[int], None],
     ) -> Tensor:
         """The other side (B, T) of a whole known side (B, T), where `run` takes the steps that are loaded."""
-        features, source = (*context, None, None)[:2]
         out = torch.empty_like(given)
         for t in _steps(0, given.shape[1], label, self.size):
             block = slice(t, t + self.size)
@@ -291,6 +326,23 @@ class _Steps:
             run(here.shape[1])
             out[:, block] = self.out[: here.shape[1]].t()
         return out
+
+
+def _covering(
+    flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Features and source of a context, if there are enough for the known side (B, T).
+
+    Raises:
+        ValueError: if there are not.
+    """
+    features, source = (*context, None, None)[:2]
+    for part, steps in ((features, conditioner_of(flow).wavenet.repeat), (source, 1)):
+        if part is not None and (len(part) != len(given) or part.shape[1] * steps < given.shape[1]):
+            raise ValueError(
+                f"conditioning {tuple(part.shape)}, each for {steps} steps, does not cover {tuple(given.shape)}"
+            )
+    return features, source
 
 
 def _solve(flow: Autoregressive, given: Tensor, parameters: Parameters) -> Tensor:

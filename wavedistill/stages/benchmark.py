@@ -9,10 +9,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torchaudio
@@ -45,10 +45,11 @@ MOST_CACHED_SECONDS = 1
 """Of sound drawn by the cached sampler, whose cost a sample does not depend on the length."""
 CROSSOVER = (0.25, 0.5, 1, 1.5, 2, 3, 6)
 """Layers of untrained students, as multiples of the teacher's."""
+CROSSOVER_SECONDS = 2
 WARMUP = 100
 """Samples that a sequential sampler draws before it is timed."""
-PIECE = 8
-"""Frames of log-mel that a stream is given at a time."""
+PIECE = 512
+"""Frames of log-mel that a stream is given at a time, more than a block takes."""
 TRAIN_WARMUP, TRAIN_STEPS = 5, 30
 CEILING_REPEATS = 20
 MIN_SECONDS = 1.0
@@ -67,52 +68,74 @@ class Job(NamedTuple):
 
 
 def run(experiment: Experiment) -> str:
-    """Write `benchmark.json`; returns a line of result."""
-    rows = []
-    for job in progress(iterable=jobs(experiment.recipe, experiment.device), desc="benchmark", unit="row"):
-        rows.append(_alone(measure, experiment, job))
-    result: dict[str, Any] = {"machine": machine(experiment.device), "rows": rows, "summary": summarise(rows)}
-    if experiment.recipe.benchmark.train:
-        result["training"] = [_alone(measure_training, experiment, *of) for of in _trainings(experiment)]
-        result["summary"] += [
-            f"{_threads(row['threads'])}: the training of the {row['model']} takes {row['samples_per_second']:,.0f} "
-            f"samples/s, {100 * row['share_of_ceiling']:.0f} % of the ceiling; {100 * row['share_of_loading']:.1f} % "
-            f"of its time loads data."
-            for row in result["training"]
-        ]
-    write_json(experiment.benchmark, result)
-    return f"{result['summary'][-1]} {experiment.benchmark}"
+    """Write `benchmark.json`, a quick table of the trained pair; returns a line of result."""
+    settings = experiment.recipe.benchmark
+    lengths = [(1, seconds) for seconds in settings.seconds]
+    return _write(experiment, experiment.benchmark, "benchmark", jobs(experiment.recipe, experiment.device, lengths))
 
 
-def jobs(recipe: Recipe, device: torch.device) -> list[Job]:
-    """What a recipe's benchmark measures on a device."""
-    settings, hop, rate = recipe.benchmark, recipe.audio.hop_length, recipe.audio.sample_rate
+def run_full(experiment: Experiment) -> str:
+    """Write `benchmark_full.json`: durations, batches, and students of several sizes; returns a line of result."""
+    recipe, device = experiment.recipe, experiment.device
+    lengths = [
+        (batch, length) for batch in FULL_BATCH_SIZES for length in FULL_SECONDS if batch * length <= MOST_SECONDS
+    ]
+    every = [*jobs(recipe, device, lengths), *sized_jobs(recipe, device)]
+    return _write(experiment, experiment.benchmark_of("full"), "full benchmark", every)
 
-    def samples(seconds: float) -> int:
-        return max(1, round(seconds * rate / hop)) * hop
 
+def run_train(experiment: Experiment) -> str:
+    """Write `benchmark_train.json`, the pace of both trainings; returns a line of result."""
+    each: list[tuple[Kind, int]] = [
+        (k, n) for n in _threads(experiment.recipe, experiment.device) for k in get_args(Kind)
+    ]
+    rows = [_alone(measure_training, experiment, *job) for job in progress(iterable=each, desc="training", unit="row")]
+    summary = [
+        f"{_said(row['threads'])}: the training of the {row['model']} takes {row['samples_per_second']:,.0f} "
+        f"samples/s, {100 * row['share_of_ceiling']:.0f} % of the ceiling; {100 * row['share_of_loading']:.1f} % of "
+        "its time loads data."
+        for row in rows
+    ]
+    path = experiment.benchmark_of("train")
+    write_json(path, {"machine": machine(experiment.device), "rows": rows, "summary": summary})
+    return f"{' '.join(summary)} {path}"
+
+
+def _write(experiment: Experiment, path: Path, label: str, jobs: list[Job]) -> str:
+    rows = [_alone(measure, experiment, job) for job in progress(iterable=jobs, desc=label, unit="row")]
+    summary = summarise(rows)
+    write_json(path, {"machine": machine(experiment.device), "rows": rows, "summary": summary})
+    return f"{summary[-1]} {path}"
+
+
+def jobs(recipe: Recipe, device: torch.device, lengths: Iterable[tuple[int, float]]) -> list[Job]:
+    """Every sampler of the trained pair, for batch sizes and seconds."""
     sequential: Literal["compiled", "graphed"] | None
     sequential = "compiled" if device.type == "cpu" else "graphed" if recipe.teacher.components == 1 else None
     found = []
-    # The host's threads do not set the pace of a GPU.
-    for threads in settings.threads if device.type == "cpu" else settings.threads[:1]:
-        found.append(Job("teacher", "naive", threads, 1, settings.naive_samples))
-        for batch_size in FULL_BATCH_SIZES if settings.full else (1,):
-            for seconds in FULL_SECONDS if settings.full else settings.seconds:
-                if batch_size * seconds > MOST_SECONDS:
-                    continue
-                if seconds <= MOST_CACHED_SECONDS:
-                    found.append(Job("teacher", "cached", threads, batch_size, samples(seconds)))
-                if sequential:
-                    found.append(Job("teacher", sequential, threads, batch_size, samples(seconds)))
-                found.append(Job("student", "parallel", threads, batch_size, samples(seconds)))
-                found.append(Job("student", "streamed", threads, batch_size, samples(seconds)))
-        if settings.full:
-            found += [
-                Job("student", "streamed", threads, 1, samples(2), max(1, round(share * recipe.teacher.layers)))
-                for share in CROSSOVER
-            ]
+    for threads in _threads(recipe, device):
+        found.append(Job("teacher", "naive", threads, 1, recipe.benchmark.naive_samples))
+        for batch_size, seconds in lengths:
+            samples = _samples(recipe, seconds)
+            cached = Job("teacher", "cached", threads, batch_size, _samples(recipe, min(seconds, MOST_CACHED_SECONDS)))
+            if cached not in found:
+                found.append(cached)
+            if sequential:
+                found.append(Job("teacher", sequential, threads, batch_size, samples))
+            found.append(Job("student", "parallel", threads, batch_size, samples))
+            found.append(Job("student", "streamed", threads, batch_size, samples))
     return found
+
+
+def sized_jobs(recipe: Recipe, device: torch.device) -> list[Job]:
+    """Untrained students of several sizes, for the point where they are as fast as the teacher's best sampler."""
+    layers = [max(1, round(share * recipe.teacher.layers)) for share in CROSSOVER]
+    samples = _samples(recipe, CROSSOVER_SECONDS)
+    return [
+        Job("student", "streamed", threads, 1, samples, count)
+        for threads in _threads(recipe, device)
+        for count in layers
+    ]
 
 
 def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
@@ -136,6 +159,7 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
     seconds: list[float] = []
     while len(seconds) < recipe.benchmark.repeats or sum(seconds) < MIN_SECONDS:
         seconds.append(_seconds(draw, device))
+    peak = _peak(device)  # before the ceilings, which take memory too
     median = statistics.median(seconds)
     drawn = job.batch_size * job.num_samples
     speed, ceiling = drawn / median, matrix_product_ceiling(model, device)
@@ -157,7 +181,7 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
         "ceiling_flops_per_second": ceiling,
         "share_of_ceiling": speed * model.flops_per_sample / ceiling,
         "copy_bytes_per_second": copy_ceiling(device),
-        "peak_memory_bytes": _peak(device),
+        "peak_memory_bytes": peak,
     }
     if job.model == "teacher":
         row["weight_bytes_per_sample"] = _weight_bytes(model) / job.batch_size
@@ -201,6 +225,7 @@ def measure_training(experiment: Experiment, kind: Kind, threads: int) -> dict[s
         _seconds(functools.partial(batches.train.draw, settings.batch_size, random_stream(number)), device)
         for number in range(TRAIN_STEPS)
     ]
+    peak = _peak(device)
     median = statistics.median(seconds)
     speed = settings.batch_size * settings.segment_frames * recipe.audio.hop_length / median
     ceiling = matrix_product_ceiling(learner.model, device)
@@ -218,7 +243,7 @@ def measure_training(experiment: Experiment, kind: Kind, threads: int) -> dict[s
         "flops_per_sample": flops,
         "ceiling_flops_per_second": ceiling,
         "share_of_ceiling": speed * flops / ceiling,
-        "peak_memory_bytes": _peak(device),
+        "peak_memory_bytes": peak,
     }
 
 
@@ -242,7 +267,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[str]:
         )
     for threads, ratio in crossovers(rows).items():
         lines.append(
-            f"{_threads(threads)}: a student wins against the fastest sequential sampler of its teacher up to "
+            f"{_said(threads)}: a student wins against the fastest sequential sampler of its teacher up to "
             f"{ratio:.2g} times the teacher's operations a sample, and loses beyond."
         )
     return lines
@@ -308,11 +333,14 @@ def _alone(call: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
         return pool.submit(call, *args).result()
 
 
-def _trainings(experiment: Experiment) -> Iterator[tuple[Kind, int]]:
-    threads = experiment.recipe.benchmark.threads
-    for count in threads if experiment.device.type == "cpu" else threads[:1]:
-        yield "teacher", count
-        yield "student", count
+def _threads(recipe: Recipe, device: torch.device) -> Sequence[int]:
+    """The host's threads do not set the pace of a GPU."""
+    return recipe.benchmark.threads if device.type == "cpu" else recipe.benchmark.threads[:1]
+
+
+def _samples(recipe: Recipe, seconds: float) -> int:
+    hop = recipe.audio.hop_length
+    return max(1, round(seconds * recipe.audio.sample_rate / hop)) * hop
 
 
 def _model(experiment: Experiment, job: Job) -> WaveformModel:
@@ -387,10 +415,10 @@ def _weight_bytes(model: WaveformModel) -> int:
 
 def _place(row: dict[str, Any]) -> str:
     batch = "" if row["batch_size"] == 1 else f" x {row['batch_size']}"
-    return f"{row['num_samples']:,}{batch} samples, {row['device']}, {_threads(row['threads'])}"
+    return f"{row['num_samples']:,}{batch} samples, {row['device']}, {_said(row['threads'])}"
 
 
-def _threads(count: int) -> str:
+def _said(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 

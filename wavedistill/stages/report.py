@@ -62,6 +62,7 @@ def run(experiment: Experiment) -> str:
     )
     found = json.loads(experiment.metrics.read_text())
     benchmark = json.loads(experiment.benchmark.read_text())
+    full, train = (json.loads(path.read_text()) if path.exists() else None for path in _on_demand(experiment))
     systems = {system: title for system, title in SYSTEMS.items() if system in found["synthesis"]}
     page = environment.get_template("report.html.j2").render(
         name=experiment.recipe.name,
@@ -75,7 +76,9 @@ def run(experiment: Experiment) -> str:
         systems=systems,
         scores=SCORES,
         benchmark=benchmark,
-        crossover_plot=(plot := crossover_plot(benchmark["rows"])) and _png(plot),
+        tables=[table for table in (benchmark, full) if table],
+        training_speed=train,
+        crossover_plot=full and _png(crossover_plot(full["rows"])),
         speed_plot=_png(speed_plot(benchmark["rows"], experiment.recipe.audio.sample_rate)),
         losses=[
             (kind, plot and _png(plot)) for kind in ("teacher", "student") for plot in [loss_plot(experiment, kind)]
@@ -123,11 +126,9 @@ def speed_plot(rows: list[dict[str, Any]], sample_rate: int) -> Figure:
     return figure
 
 
-def crossover_plot(rows: list[dict[str, Any]]) -> Figure | None:
+def crossover_plot(rows: list[dict[str, Any]]) -> Figure:
     """Speed of students over the teacher's fastest sequential sampler, against the ratio of their operations."""
     sized = [row for row in rows if not row["trained"]]
-    if not sized:
-        return None
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for threads in sorted({row["threads"] for row in sized}):
@@ -180,6 +181,10 @@ def loss_plot(experiment: Experiment, kind: Kind) -> Figure | None:
     return figure
 
 
+def _on_demand(experiment: Experiment) -> list[Path]:
+    return [experiment.benchmark_of("full"), experiment.benchmark_of("train")]
+
+
 def _clips(experiment: Experiment) -> list[str]:
     """The names of the clips; every system has them."""
     return sorted(path.name for path in (experiment.samples / "recorded").glob("*.wav"))
@@ -219,6 +224,7 @@ stage = Stage(
     inputs=lambda experiment: [
         experiment.metrics,
         experiment.benchmark,
+        *(path for path in _on_demand(experiment) if path.exists()),
         *(path for system in SYSTEMS for path in sorted((experiment.samples / system).glob("*.wav"))),
     ],
     outputs=lambda experiment: [experiment.report],

@@ -273,7 +273,7 @@ class Benchmark(Section):
     threads: Integers
     """CPU threads."""
     repeats: PositiveInt
-    """Timed runs after one warm-up, at least; more of short ones, until they add up to a second."""
+    """Timed runs after one warm-up; more of short ones, until they add up to a second, and fewer of very long ones."""
 
 
 class Recipe(Section):

@@ -52,8 +52,8 @@ PIECE = 512
 """Frames of log-mel that a stream is given at a time, more than a block takes."""
 TRAIN_WARMUP, TRAIN_STEPS = 5, 30
 CEILING_REPEATS = 20
-MIN_SECONDS = 1.0
-"""A short draw is repeated until its runs add up to this."""
+MIN_SECONDS, MAX_SECONDS = 1.0, 20.0
+"""A short draw is repeated until its runs add up to the one, a long one no more once they add up to the other."""
 
 
 class Job(NamedTuple):
@@ -157,7 +157,9 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
     setup, later = (_seconds(functools.partial(draw, WARMUP), device) for _ in range(2))
     first = _seconds(functools.partial(draw, 1), device)
     seconds: list[float] = []
-    while len(seconds) < recipe.benchmark.repeats or sum(seconds) < MIN_SECONDS:
+    while not seconds or (
+        sum(seconds) < MAX_SECONDS and (len(seconds) < recipe.benchmark.repeats or sum(seconds) < MIN_SECONDS)
+    ):
         seconds.append(_seconds(draw, device))
     peak = _peak(device)  # before the ceilings, which take memory too
     median = statistics.median(seconds)

@@ -30,6 +30,7 @@ def row(sampler: str, speed: float, flops: float = 1e6, **changes: Any) -> dict[
 
 ROWS = [
     row("naive", 100, num_samples=20),
+    row("naive", 150, num_samples=20, threads=2),
     row("cached", 1000),
     row("compiled", 40_000),
     row("parallel", 30_000, 3e6),
@@ -85,6 +86,6 @@ def test_a_gpu_has_a_recorded_sampler_and_one_number_of_threads(tiny_data: dict[
 
 def test_plots_show_every_row_once() -> None:
     (axes,) = speed_plot(ROWS, 16000).axes
-    assert len(axes.patches) == 5
+    assert len(axes.patches) == 6
     (line, _) = crossover_plot(ROWS).axes[0].lines
     assert list(line.get_xdata()) == [1, 2, 4]

@@ -256,16 +256,17 @@ def summarise(rows: list[dict[str, Any]]) -> list[str]:
     for row in pair:
         if row["model"] != "student":
             continue
-        same = ("threads", "batch_size", "num_samples")
         factors = []
         for other in pair:
-            alike = all(other[key] == row[key] for key in same)
-            if other["model"] == "teacher" and (alike or (other["sampler"] == "naive" and row["batch_size"] == 1)):
+            if other["model"] != "teacher" or any(other[key] != row[key] for key in ("threads", "batch_size")):
+                continue
+            if other["sampler"] == "naive" or other["num_samples"] == row["num_samples"]:
                 factor = row["samples_per_second"] / other["samples_per_second"]
                 factors.append(f"{factor:.3g} times as fast as the teacher's {other['sampler']} sampler")
+        against = f", {_listed(factors)}" if factors else ""
         lines.append(
             f"{_place(row)}: the {row['sampler']} student draws {row['samples_per_second']:,.0f} samples/s, "
-            f"{row['real_time_factor']:.3g} x real time, {_listed(factors)}."
+            f"{row['real_time_factor']:.3g} x real time{against}."
         )
     for threads, ratio in crossovers(rows).items():
         lines.append(

@@ -143,7 +143,7 @@ def crossover_plot(rows: list[dict[str, Any]]) -> Figure:
             [ratio for ratio, _ in points],
             [speed / fastest["samples_per_second"] for _, speed in points],
             marker="o",
-            label=f"{threads} threads, against the {fastest['sampler']} sampler",
+            label=f"{threads} thread{'s' if threads > 1 else ''}, against the {fastest['sampler']} sampler",
         )
     axes.axhline(1, color="black", linestyle="--", linewidth=1)
     axes.set(
@@ -152,6 +152,9 @@ def crossover_plot(rows: list[dict[str, Any]]) -> Figure:
         xlabel="operations a sample, student over teacher",
         ylabel="samples/s, streamed student over teacher",
     )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     axes.legend()
     return figure
 

@@ -80,13 +80,17 @@ def graphed(
     if not isinstance(flow.elementwise, Affine):
         raise ValueError("only the steps of an affine flow can be recorded; use `cached` for a mixture")
     features, source = _covering(flow, given, context)
-    steps, replay = _recorded(flow, len(given), 0 if source is None else source.shape[-1])
+    place = conditioner_of(flow).wavenet.input.weight.data_ptr()
+    steps, replay = _recorded(flow, place, len(given), 0 if source is None else source.shape[-1])
     steps.reset()
     return steps.all(given, features, source, label, lambda count: replay())
 
 
 @functools.lru_cache(maxsize=1)
-def _recorded(flow: Autoregressive, batch_size: int, source_channels: int) -> tuple["_Steps", Callable[[], None]]:
+def _recorded(
+    flow: Autoregressive, place: int, batch_size: int, source_channels: int
+) -> tuple["_Steps", Callable[[], None]]:
+    """A recording of steps, which is good for as long as the weights stay in their place."""
     steps = _Steps(flow, batch_size, source_channels)
     return steps, _record(lambda: steps.run(steps.size), steps.given.device)
 

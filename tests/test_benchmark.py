@@ -43,8 +43,8 @@ def test_every_factor_names_its_baseline() -> None:
     lines = summarise(ROWS)
     assert lines[1] == (
         "16,000 samples, cpu, 1 thread: the streamed student draws 32,000 samples/s, 2 x real time, 320 times as fast "
-        "as the teacher's naive sampler, 32 times as fast as the teacher's cached sampler and 0.8 times as fast as the "
-        "teacher's compiled sampler."
+        "as the teacher's naive sampler, 32 times as fast as the teacher's cached sampler and 0.80 times as fast as "
+        "the teacher's compiled sampler."
     )
 
 

@@ -262,7 +262,8 @@ def summarise(rows: list[dict[str, Any]]) -> list[str]:
                 continue
             if other["sampler"] == "naive" or other["num_samples"] == row["num_samples"]:
                 factor = row["samples_per_second"] / other["samples_per_second"]
-                factors.append(f"{factor:.3g} times as fast as the teacher's {other['sampler']} sampler")
+                shown = f"{factor:,.0f}" if factor >= 10 else f"{factor:.2f}"
+                factors.append(f"{shown} times as fast as the teacher's {other['sampler']} sampler")
         against = f", {_listed(factors)}" if factors else ""
         lines.append(
             f"{_place(row)}: the {row['sampler']} student draws {row['samples_per_second']:,.0f} samples/s, "

@@ -112,7 +112,7 @@ def speed_plot(rows: list[dict[str, Any]], sample_rate: int) -> Figure:
     figure = Figure(figsize=(8, 0.8 + 0.36 * len(rows)), layout="constrained")
     axes = figure.subplots()
     labels = [
-        f"{row['sampler']}, {row['batch_size']} x {row['num_samples']:,} samples, {row['threads']} threads"
+        f"{row['sampler']}, {row['batch_size']} x {row['num_samples']:,} samples, threads: {row['threads']}"
         for row in rows
     ]
     speeds = [row["samples_per_second"] for row in rows]

@@ -104,9 +104,8 @@ def benchmark(
 ) -> None:
     """One stage, and two tables that are measured anew whenever they are asked for."""
     if not (full or train):
-        _run(["benchmark"], recipe, overrides, root, device)
-    loaded = load_recipe(recipe, overrides or [])
-    experiment = Experiment(loaded, root / loaded.name, _device(device))
+        return _run(["benchmark"], recipe, overrides, root, device)
+    experiment = _experiment(recipe, overrides, root, device)
     for wanted, measure in ((full, run_full), (train, run_train)):
         if wanted:
             typer.echo(f"benchmark: {measure(experiment)}")
@@ -178,10 +177,14 @@ def _synthesise(loaded: Checkpoint, path: Path, seed: int, temperature: float) -
 
 
 def _run(names: list[str], path: Path, overrides: list[str] | None, root: Path, device: str) -> None:
-    recipe = load_recipe(path, overrides or [])
-    experiment = Experiment(recipe, root / recipe.name, _device(device))
+    experiment = _experiment(path, overrides, root, device)
     for name in names:
         typer.echo(run_stage(STAGES[name], experiment))
+
+
+def _experiment(path: Path, overrides: list[str] | None, root: Path, device: str) -> Experiment:
+    recipe = load_recipe(path, overrides or [])
+    return Experiment(recipe, root / recipe.name, _device(device))
 
 
 def _device(name: str) -> torch.device:

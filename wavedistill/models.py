@@ -119,7 +119,12 @@ class WaveformModel(nn.Module):
     @property
     def flops_per_sample(self) -> float:
         """Floating-point operations of the conditioners for one sample; the rest is below a tenth of them."""
-        return sum(net.flops_per_sample for net in self.modules() if isinstance(net, WaveNet))
+        return sum(net.flops_per_sample for net in self.networks)
+
+    @property
+    def networks(self) -> list[WaveNet]:
+        """The flows' networks."""
+        return [module for module in self.modules() if isinstance(module, WaveNet)]
 
     def shared_context(self, mel: Tensor) -> Context:
         """What the last transform is conditioned on, for the middle F frames of log-mel (B, n_mels, F + 2 context)."""

@@ -29,7 +29,6 @@ from wavedistill.models import WaveformModel, build, compile_networks
 from wavedistill.progress import progress
 from wavedistill.tasks import student_task, teacher_task
 from wavedistill.training import Batches, Learner
-from wavedistill.wavenet import WaveNet
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "benchmark"}
 SOLVERS: dict[str, sampling.Solver] = {
@@ -71,7 +70,7 @@ def run(experiment: Experiment) -> str:
     """Write `benchmark.json`, a quick table of the trained pair; returns a line of result."""
     settings = experiment.recipe.benchmark
     lengths = [(1, seconds) for seconds in settings.seconds]
-    return _write(experiment, experiment.benchmark, "benchmark", jobs(experiment.recipe, experiment.device, lengths))
+    return _time(experiment, experiment.benchmark, "benchmark", jobs(experiment.recipe, experiment.device, lengths))
 
 
 def run_full(experiment: Experiment) -> str:
@@ -81,7 +80,7 @@ def run_full(experiment: Experiment) -> str:
         (batch, length) for batch in FULL_BATCH_SIZES for length in FULL_SECONDS if batch * length <= MOST_SECONDS
     ]
     every = [*jobs(recipe, device, lengths), *sized_jobs(recipe, device)]
-    return _write(experiment, experiment.benchmark_of("full"), "full benchmark", every)
+    return _time(experiment, experiment.benchmark_of("full"), "full benchmark", every)
 
 
 def run_train(experiment: Experiment) -> str:
@@ -97,15 +96,20 @@ def run_train(experiment: Experiment) -> str:
         for row in rows
     ]
     path = experiment.benchmark_of("train")
-    write_json(path, {"machine": machine(experiment.device), "rows": rows, "summary": summary})
+    _write(experiment, path, rows, summary)
     return f"{' '.join(summary)} {path}"
 
 
-def _write(experiment: Experiment, path: Path, label: str, jobs: list[Job]) -> str:
+def _time(experiment: Experiment, path: Path, label: str, jobs: list[Job]) -> str:
+    """Measure the samplers' rows and write them; returns the last line of their summary."""
     rows = [_alone(measure, experiment, job) for job in progress(iterable=jobs, desc=label, unit="row")]
     summary = summarise(rows)
-    write_json(path, {"machine": machine(experiment.device), "rows": rows, "summary": summary})
+    _write(experiment, path, rows, summary)
     return f"{summary[-1]} {path}"
+
+
+def _write(experiment: Experiment, path: Path, rows: list[dict[str, Any]], summary: list[str]) -> None:
+    write_json(path, {"machine": machine(experiment.device), "rows": rows, "summary": summary})
 
 
 def jobs(recipe: Recipe, device: torch.device, lengths: Iterable[tuple[int, float]]) -> list[Job]:
@@ -155,7 +159,6 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
     draw = _sampler(experiment, model, job)
     # The first call compiles or loads what is compiled, and warms up.
     setup, later = (_seconds(functools.partial(draw, WARMUP), device) for _ in range(2))
-    first = _seconds(functools.partial(draw, 1), device)
     seconds: list[float] = []
     while not seconds or (
         sum(seconds) < MAX_SECONDS and (len(seconds) < recipe.benchmark.repeats or sum(seconds) < MIN_SECONDS)
@@ -163,6 +166,9 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
         seconds.append(_seconds(draw, device))
     peak = _peak(device)  # before the ceilings, which take memory too
     median = statistics.median(seconds)
+    # A pass has no first samples before its last.
+    begin, times = functools.partial(draw, 1), 0 if job.sampler == "parallel" else recipe.benchmark.repeats
+    first = statistics.median([_seconds(begin, device) for _ in range(times)] or [median])
     drawn = job.batch_size * job.num_samples
     speed, ceiling = drawn / median, matrix_product_ceiling(model, device)
     row = {
@@ -298,7 +304,7 @@ def crossovers(rows: list[dict[str, Any]]) -> dict[int, float]:
 
 def matrix_product_ceiling(model: WaveformModel, device: torch.device) -> float:
     """Floating-point operations per second of the best matrix product: of the model's widths, or large and square."""
-    nets = [module for module in model.modules() if isinstance(module, WaveNet)]
+    nets = model.networks
     shapes = {(8192, net.kernel_size * net.channels, 2 * net.channels) for net in nets} | {(1024, 1024, 1024)}
     best = 0.0
     for m, k, n in shapes:
@@ -396,7 +402,6 @@ def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable
 
     @torch.inference_mode()
     def draw(first: int | None = None) -> None:
-        # A pass has no first samples before its last.
         end = length if first is None or job.model == "student" else length - job.num_samples + first
         sampling.sample(model(mel), noise[:, :end], solver)
 
@@ -413,8 +418,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _weight_bytes(model: WaveformModel) -> int:
-    nets = [module for module in model.modules() if isinstance(module, WaveNet)]
-    return sum(weight.nbytes for net in nets for weight in net.parameters())
+    return sum(weight.nbytes for net in model.networks for weight in net.parameters())
 
 
 def _place(row: dict[str, Any]) -> str:

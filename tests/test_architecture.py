@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "wavedistill"
 LAYERS = [
-    {"errors", "progress"},
+    {"errors", "memory", "progress"},
     {"config", "flows", "wavenet"},
     {"audio", "losses", "pitch"},
     {"linear_prediction", "data", "corpora", "metrics"},

@@ -15,6 +15,7 @@ from wavedistill.config import load_recipe
 from wavedistill.data import random_stream
 from wavedistill.errors import RecipeError, UserError
 from wavedistill.experiment import Experiment, run_stage
+from wavedistill.memory import keep_freed_memory
 from wavedistill.progress import note
 from wavedistill.sampling import sample, slices, stream
 from wavedistill.stages import STAGES
@@ -219,6 +220,7 @@ def common(
 
 def main() -> None:
     """Entry point: a user's mistake ends in one clear message, 2 for usage and recipes, 1 for everything else."""
+    keep_freed_memory()
     try:
         app()
     except RecipeError as error:

@@ -25,6 +25,7 @@ from wavedistill.config import Recipe
 from wavedistill.data import random_stream, read_samples
 from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import Autoregressive
+from wavedistill.memory import keep_freed_memory
 from wavedistill.models import WaveformModel, build, compile_networks
 from wavedistill.progress import progress
 from wavedistill.tasks import student_task, teacher_task
@@ -339,7 +340,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def _alone(call: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """The result of a call in a process of its own, which inherits no memory, threads or caches."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=keep_freed_memory) as pool:
         return pool.submit(call, *args).result()
 
 

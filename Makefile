@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast check clean
+.PHONY: demo test test-fast test-endurance check clean
 
 demo: $(VENV)/.demo  ## the whole pipeline on speech made on the spot; ends with exp/demo/report.html
 	$(BIN)/wavedistill run recipes/demo.toml
@@ -13,6 +13,9 @@ test: check  ## all checks: format, lint, types, every test
 
 test-fast: check  ## the same without the tests that train
 	$(BIN)/python -m pytest -m "not slow"
+
+test-endurance: $(VENV)/.dev  ## a training that is killed thirty times; minutes
+	$(BIN)/python -m pytest -m endurance
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -1,10 +1,15 @@
-"""Checkpoints: what they hold, and what happens when a file is none."""
+"""Checkpoints: what they hold, and what happens when a file is none, or cannot be written."""
 
+import json
 import pickle
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from wavedistill import checkpoint
@@ -17,8 +22,8 @@ def test_a_model_comes_back_with_its_recipe(
     tmp_path: Path, tiny: Recipe, tiny_model: Callable[[str], WaveformModel]
 ) -> None:
     model = tiny_model("student")
-    checkpoint.save_model(tmp_path / "a.pt", "student", tiny, 17, model.state_dict())
-    loaded = checkpoint.load_model(tmp_path / "a.pt")
+    checkpoint.save_model(tmp_path / "a.safetensors", "student", tiny, 17, model.state_dict())
+    loaded = checkpoint.load_model(tmp_path / "a.safetensors")
     assert (loaded.kind, loaded.recipe, loaded.step) == ("student", tiny, 17)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
@@ -26,40 +31,96 @@ def test_a_model_comes_back_with_its_recipe(
 
 
 class Explosive:
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
-        return (print, ("code ran",))
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[Path]]:
+        return (Path.touch, (self.file,))
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path: Path, tiny: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "empty.pt").write_bytes(b"")
-    (tmp_path / "code.pt").write_bytes(pickle.dumps(Explosive()))
-    torch.save({"model": {}}, tmp_path / "foreign.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    """Pickled bare or by torch, or in place of a good file: refused before anything is read from it."""
+    mark = tmp_path / "the code ran"
+    (tmp_path / "bare.safetensors").write_bytes(pickle.dumps(Explosive(mark)))
+    torch.save({"model": Explosive(mark)}, tmp_path / "torch.safetensors")
+    torch.save({"model": Explosive(mark)}, tmp_path / "old.safetensors", _use_new_zipfile_serialization=False)
+    for name in ("bare", "torch", "old"):
+        with pytest.raises(CheckpointError, match=rf"{name}\.safetensors: a pickled file, which could run code"):
+            checkpoint.load_model(tmp_path / f"{name}.safetensors")
+    assert not mark.exists()
+    pickle.loads((tmp_path / "bare.safetensors").read_bytes())
+    assert mark.exists(), "the trap works"
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, tiny: Recipe) -> None:
+    def path(name: str) -> Path:
+        return tmp_path / f"{name}.safetensors"
+
+    path("text").write_text("hello")
+    path("empty").write_bytes(b"")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path("foreign"))
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path("newer"), {checkpoint.HEADER: json.dumps({"version": 99})})
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path("list"), {checkpoint.HEADER: "[1]"})
     for first in range(256):
-        (tmp_path / f"byte{first}.pt").write_bytes(bytes([first]) + b"IFF....WAVEfmt ")
-    checkpoint.save_model(tmp_path / "lacking.pt", "student", tiny, 0, {})
+        path(f"byte{first}").write_bytes(bytes([first]) + b"IFF....WAVEfmt ")
+    checkpoint.save_model(path("lacking"), "student", tiny, 0, {})
+    checkpoint.save_model(path("kind"), "pupil", tiny, 0, {})  # type: ignore[arg-type]
+    checkpoint.save(path("state"), {"a": torch.zeros(9)}, {"step": 3})
+    whole = path("state").read_bytes()
+    for length in (4, 30, len(whole) - 1):
+        path(f"truncated{length}").write_bytes(whole[:length])
     expected = {
         "text": "not a wavedistill checkpoint",
         "empty": "not a wavedistill checkpoint",
-        "code": "not a wavedistill checkpoint",
-        "foreign": "give the checkpoint.pt",
-        "list": "it holds a list",
+        "foreign": "another program's tensors",
+        "list": "another program's tensors",
+        "newer": "of version 99 of the format.*install a newer wavedistill",
         "lacking": "does not fit",
+        "kind": "does not fit",
+        "state": "the state of a training, not a model; give the checkpoint.safetensors",
         "missing": "no such checkpoint",
-        **{f"byte{first}": "not a wavedistill checkpoint" for first in range(256)},
+        **{f"truncated{length}": "or a damaged one" for length in (4, 30, len(whole) - 1)},
+        **{f"byte{first}": "not a wavedistill checkpoint" for first in range(256) if first != 0x80},
     }
     for name, reason in expected.items():
-        with pytest.raises(CheckpointError, match=rf"{name}\.pt: .*{reason}"):
-            checkpoint.load_model(tmp_path / f"{name}.pt")
+        with pytest.raises(CheckpointError, match=rf"{name}\.safetensors: .*{reason}") as caught:
+            checkpoint.load_model(path(name))
+        assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="it is a folder"):
         checkpoint.load_model(tmp_path)
-    assert "code ran" not in capsys.readouterr().out
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.pt"
-    checkpoint.save(path, {"value": 1})
-    with pytest.raises(AttributeError):
-        checkpoint.save(path, {"value": lambda: None})  # cannot be pickled
-    assert checkpoint.load(path) == {"value": 1}
+def test_the_same_content_is_the_same_file(tmp_path: Path) -> None:
+    content = {name: torch.arange(9.0) for name in "cab"}
+    for name in ("a", "b"):
+        checkpoint.save(tmp_path / name, content, {"z": 1, "a": {"b": 2, "c": 3}})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+FULL_DISK = """
+import resource, sys, torch
+from pathlib import Path
+from wavedistill import checkpoint
+from wavedistill.errors import CheckpointError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    checkpoint.save(Path(sys.argv[1]), {"a": torch.zeros(10**6)}, {})
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_disk_without_room_leaves_the_old_file_and_no_remains(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    checkpoint.save(path, {"a": torch.ones(3)}, {"step": 1})
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000, "the limit is of the other process"
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True, check=True)
+    assert f"{path}: cannot be written: File too large; make room" in done.stdout
+    assert checkpoint.load(path)[1]["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(CheckpointError, match=r"file/a\.safetensors: cannot be written: "):
+        checkpoint.save(tmp_path / "file" / "a.safetensors", {}, {})

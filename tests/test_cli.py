@@ -19,6 +19,7 @@ from wavedistill.config import Gates, load_recipe
 from wavedistill.experiment import Experiment, run_stage
 from wavedistill.stages import STAGES, benchmark
 from wavedistill.stages.evaluate import gates
+from wavedistill.training import saved_states
 
 TINY = str(RECIPES / "tiny.toml")
 
@@ -53,7 +54,13 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_run_leaves_what_it_promises(tiny_run: Path) -> None:
-    for name in ("report.html", "metrics.json", "benchmark.json", "teacher/checkpoint.pt", "student/checkpoint.pt"):
+    for name in (
+        "report.html",
+        "metrics.json",
+        "benchmark.json",
+        "teacher/checkpoint.safetensors",
+        "student/checkpoint.safetensors",
+    ):
         assert (tiny_run / name).stat().st_size > 0
     assert {path.parent.name for path in tiny_run.glob("samples/*/*.wav")} == SYSTEMS
     assert not list(tiny_run.rglob("*.partial"))
@@ -73,7 +80,7 @@ def test_metrics_hold_the_promised_figures(tiny_run: Path) -> None:
     assert density["teacher_nll_nats_per_sample"] < density["teacher_nll_before_training"] - 0.05
     # In so few steps the spectral term outweighs the KL; that the sum fell shows in the step whose weights were kept.
     assert 0 < density["student_kl_nats_per_sample"] < 0.5
-    assert all(load_model(tiny_run / kind / "checkpoint.pt").step > 0 for kind in ("teacher", "student"))
+    assert all(load_model(tiny_run / kind / "checkpoint.safetensors").step > 0 for kind in ("teacher", "student"))
     assert density["teacher_nll_before_training"] < density["level_gaussian_nll_nats_per_sample"] - 2
     assert 2 < density["flac_bits_per_sample"] < 16
     assert density["teacher_nll_shuffled_conditioning"] > density["teacher_nll_nats_per_sample"]
@@ -220,7 +227,7 @@ def test_a_model_of_other_settings_is_refused(tiny_run: Path) -> None:
     fails(1, "its [linear_prediction] is not the recipe's: run the teacher stage again", *options)
     options = ("teacher", TINY, "--exp", tiny_run.parent, "--set", "audio.f_max=7000")
     fails(1, "its [audio] is not the recipe's: run the prepare stage again", *options)
-    assert (tiny_run / "teacher" / "checkpoint.pt").exists(), "nothing was set aside for it"
+    assert (tiny_run / "teacher" / "checkpoint.safetensors").exists(), "nothing was set aside for it"
 
 
 @pytest.mark.slow
@@ -232,7 +239,7 @@ def test_generate_gives_frames_times_hop_samples(tiny_run: Path, tmp_path: Path,
     soundfile.write(tmp_path / "stereo.flac", stereo.numpy(), 44100)
     np.save(tmp_path / "mel.npy", LogMel(settings).of_file(speech_like(1400)[None])[0].numpy())
     inputs = [tmp_path / name for name in ("sound.wav", "stereo.flac", "mel.npy")]
-    checkpoint = tiny_run / kind / "checkpoint.pt"
+    checkpoint = tiny_run / kind / "checkpoint.safetensors"
 
     def generate(folder: str, *options: str) -> dict[str, np.ndarray]:
         result = wavedistill("generate", checkpoint, *inputs, "--out", tmp_path / folder, *options)
@@ -253,7 +260,7 @@ def test_generate_gives_frames_times_hop_samples(tiny_run: Path, tmp_path: Path,
 
 @pytest.mark.slow
 def test_generate_names_what_it_cannot_use(tiny_run: Path, tmp_path: Path) -> None:
-    checkpoint = tiny_run / "student" / "checkpoint.pt"
+    checkpoint = tiny_run / "student" / "checkpoint.safetensors"
     (tmp_path / "text.wav").write_text("no audio")
     soundfile.write(tmp_path / "good.wav", speech_like(2000).numpy(), 16000)
     out = tmp_path / "out"
@@ -261,8 +268,8 @@ def test_generate_names_what_it_cannot_use(tiny_run: Path, tmp_path: Path) -> No
     fails(1, "would overwrite this input", "generate", checkpoint, tmp_path / "good.wav", "--out", tmp_path)
     twice = (tmp_path / "good.wav", tmp_path / "good.npy")
     fails(1, "another input of the same name", "generate", checkpoint, *twice, "--out", out)
-    state = tiny_run / "student" / "training.pt"
-    fails(1, "give the checkpoint.pt", "generate", state, tmp_path / "good.wav", "--out", out)
+    (state, *_) = saved_states(tiny_run / "student")
+    fails(1, "give the checkpoint.safetensors", "generate", state, tmp_path / "good.wav", "--out", out)
     good = ("generate", checkpoint, tmp_path / "good.wav", "--out", out, "--device")
     fails(2, "--device tpu: not available here", *good, "tpu")
     fails(2, "--device meta: not supported", *good, "meta")

@@ -1,6 +1,8 @@
 """From recordings to utterances: what is accepted, what is refused, and what is split how."""
 
 import hashlib
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,14 +15,14 @@ import soundfile
 import torch
 
 from tests.test_audio import speech_like
-from wavedistill import audio
+from wavedistill import audio, stages
 from wavedistill.config import DebianCorpus, Recipe, validate_recipe
 from wavedistill.corpora import _command, sources
 from wavedistill.data import Manifest, read_f0, read_samples
 from wavedistill.errors import CorpusError
 from wavedistill.experiment import Experiment, run_stage
 from wavedistill.stages import STAGES
-from wavedistill.stages.prepare import splits
+from wavedistill.stages.prepare import Clip, splits
 
 Prepare = Callable[..., Experiment]
 
@@ -45,7 +47,7 @@ def prepare(tmp_path: Path, tiny_data: dict[str, Any]) -> Prepare:
 
     def run(folder: Path, **changes: Any) -> Experiment:
         corpus = {"kind": "folder", "path": str(folder)}
-        corpus.update({key: changes.pop(key) for key in list(changes) if key in ("skip_unreadable", "limit")})
+        corpus.update({key: changes.pop(key) for key in list(changes) if key == "limit"})
         settings = {**tiny_data["prepare"], **changes}
         recipe = validate_recipe({**tiny_data, "corpus": corpus, "prepare": settings}, "mine.toml")
         experiment = Experiment(recipe, tmp_path / "exp", torch.device("cpu"))
@@ -115,15 +117,67 @@ def test_a_damaged_manifest_is_made_again(voice: Path, prepare: Prepare) -> None
         (lambda f: (f / "bad.wav").write_text("words"), r"bad\.wav: not readable as audio"),
         (lambda f: soundfile.write(f / "bad.wav", np.zeros(0), 16000), r"bad\.wav: holds no samples"),
         (lambda f: soundfile.write(f / "bad.wav", np.zeros(9000), 16000), r"bad\.wav: is silent"),
+        (lambda f: soundfile.write(f / "bad.wav", speech_like(1000), 16000), r"bad\.wav: is too short: 0\.\d+ s"),
+        (lambda f: soundfile.write(f / "bad.wav", 30 * speech_like(20000), 16000), r"bad\.wav: is clipped: \d+"),
+        (
+            lambda f: soundfile.write(f / "bad.wav", np.full(9000, np.nan), 16000, subtype="FLOAT"),
+            r"bad\.wav: holds samples that are not finite",
+        ),
+        (lambda f: (f / "bad.wav").write_bytes((f / "a.wav").read_bytes()), "bad.wav: holds the same sound as a.wav"),
+        (lambda f: (f / "bad.flac").write_bytes((f / "d.flac").read_bytes()[:30]), r"bad\.flac: not readable as audio"),
     ],
 )
 def test_a_bad_file_stops_the_stage_or_is_left_out_on_request(
     voice: Path, prepare: Prepare, spoil: Callable[[Path], Any], message: str
 ) -> None:
     spoil(voice)
-    with pytest.raises(CorpusError, match=message + r"(.|\n)*1 file of the corpus.*skip_unreadable=true"):
+    advice = r".*; 1 of 6 recordings cannot be used .*, and prepare.max_skipped = 0: .* raise it to 0\.17$"
+    with pytest.raises(CorpusError, match=message + advice) as caught:
         prepare(voice)
-    assert len(Manifest.read(prepare(voice, skip_unreadable=True).manifest).utterances) == 5
+    assert "\n" not in str(caught.value)
+    experiment = prepare(voice, max_skipped=0.17)
+    assert len(Manifest.read(experiment.manifest).utterances) == 5
+    report = json.loads((experiment.root / "prepare.json").read_text())
+    assert (report["recordings"], report["utterances"]) == (6, 5)
+    assert re.search(message, *report["left_out"])
+    assert len(list(experiment.audio.iterdir())) == 2 * 5, "a wav and its F0 each, and nothing else"
+
+
+def test_all_cores_prepare_what_one_does(voice: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    (voice / "bad.wav").write_text("words")
+    one = prepare(voice, max_skipped=0.2)
+    before = {path: path.read_bytes() for path in [one.manifest, *one.audio.iterdir()]}
+    one.manifest.unlink()
+    monkeypatch.setattr(stages.prepare, "FEW", 0)
+    prepare(voice, max_skipped=0.2)
+    assert {path: path.read_bytes() for path in [one.manifest, *one.audio.iterdir()]} == before
+
+
+def test_an_interrupted_preparation_goes_on(voice: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    true_read = audio.read
+
+    def reader(path: Path, *args: Any, **options: Any) -> torch.Tensor:
+        read.append(path)
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        return true_read(path, *args, **options)
+
+    monkeypatch.setattr(audio, "read", reader)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(voice)
+    assert len(Manifest.read(prepare(voice).manifest).utterances) == 5
+    assert len(read) == 4 + 2, "what was done is not done again"
+    prepare(voice, trim_db=30.0)
+    assert len(read) == 4 + 2 + 5, "other settings prepare everything"
+
+
+def test_a_peak_at_full_scale_is_not_clipping() -> None:
+    wave = speech_like(16000)[:, None].numpy()
+    wave /= np.abs(wave).max()
+    assert audio.clipped_share(wave) == 0
+    assert audio.clipped_share((wave * 4).clip(-1, 1)) > 0.01
+    assert audio.clipped_share(wave[:2]) == 0
 
 
 def test_a_failed_run_keeps_the_corpus_prepared_before(voice: Path, prepare: Prepare) -> None:
@@ -152,9 +206,9 @@ def test_a_folder_without_recordings_is_named(
 
 
 def test_too_few_utterances_are_refused(voice: Path, prepare: Prepare) -> None:
-    with pytest.raises(CorpusError, match=r"2 utterances .* needs 3"):
+    with pytest.raises(CorpusError, match="2 utterances: a corpus needs 3"):
         prepare(voice, limit=2)
-    with pytest.raises(CorpusError, match=r"0 utterances of at least prepare.min_seconds = 60.0 s \(5 shorter\)"):
+    with pytest.raises(CorpusError, match=r"is too short: 2\.\d+ s .* prepare.min_seconds = 60.0; 5 of 5 recordings"):
         prepare(voice, min_seconds=60.0)
 
 
@@ -170,7 +224,7 @@ def test_a_stage_runs_again_only_if_something_changed(voice: Path, prepare: Prep
 
 def test_splits_depend_on_names_and_seed_only(voice: Path, prepare: Prepare) -> None:
     recipe = prepare(voice).recipe
-    clips = [(f"{i}", f"file {i // 2}", 10, 1.0) for i in range(40)]
+    clips = [Clip(f"{i}", f"file {i // 2}", 10, 1.0, "") for i in range(40)]
     first = splits(clips, recipe)
     assert splits(clips[::-1], recipe) == first
     assert splits(clips, recipe.model_copy(update={"seed": 99})) != first

@@ -1,6 +1,7 @@
 """The training loop: resuming, averaging, what is kept, and how it stops."""
 
 import itertools
+import math
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from wavedistill.models import WaveformModel, build
 from wavedistill.pitch import PitchPredictor
 from wavedistill.sampling import sample
 from wavedistill.tasks import Task
-from wavedistill.training import Outcome, fit, learning_rate, update_average
+from wavedistill.training import Learner, Outcome, fit, learning_rate, saved_states, update_average
 
 STEPS = 24
 
@@ -90,7 +91,12 @@ def train(tmp_path: Path, recipe: Recipe) -> Train:
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    return checkpoint.load_model(path / "checkpoint.pt").model.state_dict()
+    return checkpoint.load_model(path / "checkpoint.safetensors").model.state_dict()
+
+
+def state(path: Path) -> dict[str, Any]:
+    """What the last state of a training says of itself."""
+    return checkpoint.load(saved_states(path)[0])[1]
 
 
 def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path, train: Train) -> None:
@@ -103,12 +109,15 @@ def test_an_interrupted_training_ends_with_the_weights_of_an_uninterrupted_one(t
 
     with pytest.raises(TrainingError, match=r"interrupted at step .* run the same command again"):
         train("parts", interrupt)
-    assert 0 < checkpoint.load(tmp_path / "parts" / "training.pt")["step"] < STEPS
+    assert 0 < state(tmp_path / "parts")["step"] < STEPS
     train("parts")
-    whole, parts = (checkpoint.load(tmp_path / name / "training.pt") for name in ("whole", "parts"))
-    for key in ("model", "average"):
-        assert all(torch.equal(whole[key][name], parts[key][name]) for name in whole[key]), key
-    assert whole["best_objective"] == parts["best_objective"]
+    (whole, whole_header), (parts, parts_header) = (
+        checkpoint.load(saved_states(tmp_path / name)[0]) for name in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    assert {name.split(".")[0] for name in whole} == {"model", "average", "optimizer"}
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert whole_header == parts_header
     assert all(
         torch.equal(a, b) for a, b in zip(*(weights(tmp_path / n).values() for n in ("whole", "parts")), strict=True)
     )
@@ -118,7 +127,7 @@ def test_termination_saves_as_an_interrupt_does(tmp_path: Path, train: Train) ->
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(TrainingError, match="interrupted"):
         train("a", lambda count: os.kill(os.getpid(), signal.SIGTERM) if count == 3 else None)
-    assert (tmp_path / "a" / "training.pt").exists()
+    assert saved_states(tmp_path / "a")
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -154,17 +163,18 @@ def test_a_training_of_other_settings_is_set_aside_not_overwritten(
     train("a", **change)
     assert all(torch.equal(value, kept[name]) for name, value in weights(tmp_path / "a.1").items())
     train("a", fingerprint="c")
-    assert (tmp_path / "a.2" / "checkpoint.pt").exists()
+    assert (tmp_path / "a.2" / "checkpoint.safetensors").exists()
 
 
 def test_a_training_whose_checkpoint_was_deleted_starts_anew(tmp_path: Path, train: Train) -> None:
     train("a")
     kept = weights(tmp_path / "a")
-    (tmp_path / "a" / "checkpoint.pt").unlink()
+    (tmp_path / "a" / "checkpoint.safetensors").unlink()
     train("a")
     assert all(torch.equal(value, kept[name]) for name, value in weights(tmp_path / "a").items())
-    assert (tmp_path / "a.1" / "training.pt").exists()
-    (tmp_path / "a" / "training.pt").unlink()
+    assert saved_states(tmp_path / "a.1")
+    for path in saved_states(tmp_path / "a"):
+        path.unlink()
     train("a")
     assert all(torch.equal(value, kept[name]) for name, value in weights(tmp_path / "a.2").items())
 
@@ -202,18 +212,58 @@ def test_an_interrupted_stage_is_not_up_to_date_for_the_settings_before(tmp_path
 
 def test_a_damaged_state_is_named_and_left_alone(tmp_path: Path, train: Train) -> None:
     train("a")
-    state = tmp_path / "a" / "training.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"training\.pt: .*damaged"):
+    for path in saved_states(tmp_path / "a"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"state-00000016\.safetensors: .*damaged"):
         train("a")
-    assert state.stat().st_size == 1000
+    assert [path.stat().st_size for path in saved_states(tmp_path / "a")] == [1000, 1000]
+
+
+def test_a_damaged_last_state_falls_back_to_the_one_before(
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("whole")
+    train("a")
+    kept = weights(tmp_path / "a")
+    last, before = saved_states(tmp_path / "a")
+    last.write_bytes(last.read_bytes()[:-1])
+    calls: list[int] = []
+    train("a", calls.append)
+    assert f"{last}: not a wavedistill checkpoint, or a damaged one; going on from {before.name}" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    assert len(calls) == 8 + 1  # from step 16 to 24, and one validation
+    assert checkpoint.load(last)[1]["step"] == STEPS, "mended on the way"
+    assert all(torch.equal(value, kept[name]) for name, value in weights(tmp_path / "a").items())
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(tmp_path: Path, train: Train) -> None:
+    train("good", steps=3)
+    step = Learner.step
+
+    def spoilt(learner: Learner, terms: Mapping[str, Tensor], number: int) -> float:
+        if number != 1:
+            return step(learner, terms, number)
+        before = [value.clone() for part in (learner.model, learner.average) for value in part.parameters()]
+        norm = step(learner, {name: term * math.nan for name, term in terms.items()}, number)
+        after = [value for part in (learner.model, learner.average) for value in part.parameters()]
+        assert all(map(torch.equal, before, after))
+        assert all(state["step"] == 1 for state in learner.optimizer.state.values())
+        return norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "step", spoilt)
+        train("a", steps=3)
+    assert state(tmp_path / "a")["skipped"] == 1
+    assert state(tmp_path / "a")["skipped_in_a_row"] == 0
+    assert all(value.isfinite().all() for value in weights(tmp_path / "a").values())
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_and_keeps_the_checkpoint(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wavedistill.training.learning_rate", lambda settings, step: 1e30)
-    with pytest.raises(TrainingError, match=r"not finite at step .*lower teacher\.training\.learning_rate"):
+    with pytest.raises(TrainingError, match=r"not finite .*step .*lower teacher\.training\.learning_rate"):
         train("a")
     assert all(value.isfinite().all() for value in weights(tmp_path / "a").values())
 
@@ -276,10 +326,10 @@ def test_the_predictor_of_f0_leaves_the_density_s_steps_alone(
     loss = PitchPredictor.loss
     monkeypatch.setattr(PitchPredictor, "loss", lambda *args: 1000 * loss(*args))
     outcome = train("b", steps=3)
-    a, b = (checkpoint.load(tmp_path / name / "training.pt") for name in ("a", "b"))
-    assert a["best_objective"] == b["best_objective"] == outcome.valid["nll"]
-    for name, value in a["model"].items():
-        assert torch.equal(value, b["model"][name]) or name.startswith("pitch."), name
+    (a, first), (b, second) = (checkpoint.load(saved_states(tmp_path / name)[0]) for name in ("a", "b"))
+    assert first["best"][1] == second["best"][1] == outcome.valid["nll"]
+    for name, value in a.items():
+        assert torch.equal(value, b[name]) or ".pitch." in name or name.startswith("optimizer."), name
 
 
 def test_weights_that_are_given_stay_as_they_are(tmp_path: Path, train: Train) -> None:

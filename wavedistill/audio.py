@@ -76,11 +76,16 @@ def pad_to_hops(audio: Tensor, hop_length: int) -> Tensor:
     return nn.functional.pad(audio, (0, -audio.shape[-1] % hop_length))
 
 
-def read(path: Path, sample_rate: int) -> Tensor:
+def read(path: Path, sample_rate: int, most_clipped: float = 1.0) -> Tensor:
     """Read an audio file as mono (T,) in [-1, 1] at a sample rate in Hz.
 
+    Args:
+        path: the file.
+        sample_rate: to bring it to.
+        most_clipped: the largest share of samples that may stand at full scale, three or more in a row.
+
     Raises:
-        AudioError: if the file is missing, holds no audio or no samples, or samples that are not finite.
+        AudioError: if the file is missing, holds no audio or no samples, samples that are not finite, or clipped ones.
     """
     if not path.is_file():
         raise AudioError(f"{path}: no such file")
@@ -94,8 +99,16 @@ def read(path: Path, sample_rate: int) -> Tensor:
         raise AudioError(
             f"{path}: holds samples that are not finite numbers; export it again, as 16-bit PCM for instance"
         )
+    if (share := clipped_share(samples)) > most_clipped:
+        raise AudioError(f"{path}: is clipped: {share:.1%} of its samples stand at full scale; record it again, softer")
     mono = torch.from_numpy(samples.mean(1))
     return torchaudio.functional.resample(mono, source_rate, sample_rate)
+
+
+def clipped_share(samples: np.ndarray) -> float:
+    """The share of samples (T, channels) that stand at full scale, three or more in a row."""
+    full = np.abs(samples) >= (PCM16_STEPS - 1) / PCM16_STEPS
+    return float((full[:-2] & full[1:-1] & full[2:]).mean()) if len(samples) > 2 else 0.0
 
 
 def write(path: Path, audio: Tensor, sample_rate: int) -> None:

@@ -1,18 +1,29 @@
 """Files that hold weights, the recipe they belong to, and the state of a training; written whole or not at all.
 
-Loading runs no code from the file: only tensors and plain values are accepted.
+They are safetensors: tensors, and a header of plain values. Nothing in such a file can be run.
 """
 
+import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from wavedistill.config import Recipe, validate_recipe
 from wavedistill.errors import CheckpointError, RecipeError
 from wavedistill.models import WaveformModel, build
 
-FORMAT = "wavedistill-checkpoint-1"
+HEADER = "wavedistill"
+"""The one key of the file's metadata; its value is JSON. One, because the order of several is left to chance."""
+VERSION = 2
+"""Of the format; raised when files of the old one can no longer be read."""
+SUFFIX = ".safetensors"
+MODEL_FILE = f"checkpoint{SUFFIX}"
 Kind = Literal["teacher", "student"]
 
 
@@ -25,21 +36,86 @@ class Checkpoint(NamedTuple):
     model: WaveformModel
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a file of tensors and plain values; a file already there is replaced only once the new one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and plain values; a file already there is replaced only once the new one is safe on the disk.
+
+    Raises:
+        CheckpointError: if it cannot be written, for instance because the disk is full; nothing is left behind.
+    """
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({"version": VERSION, **header}, sort_keys=True, allow_nan=False)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:  # which says what is wrong with a place that cannot be written
-        torch.save(content, file)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(safetensors.torch.save(whole, {HEADER: text}))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if partial.is_file():
+            partial.unlink()
+        raise CheckpointError(
+            f"{path}: cannot be written: {error.strerror}; make room or give another --exp, and run the same command "
+            "again: what was saved before is untouched"
+        ) from error
 
 
-def save_model(path: Path, kind: Kind, recipe: Recipe, step: int, model: dict[str, torch.Tensor]) -> None:
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors, onto the CPU, and plain values from a file written by `save`.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, of a newer version, or something else.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint{' (it is a folder)' if path.is_dir() else ''}")
+    with path.open("rb") as file:
+        first = file.read(2)
+    if first[:1] == b"\x80" or first == b"PK":  # pickle, bare or in torch's archive
+        raise CheckpointError(f"{path}: a pickled file, which could run code and is not read; give a {SUFFIX} file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a wavedistill checkpoint, or a damaged one") from error
+    try:
+        header = json.loads(metadata[HEADER])
+        version = header["version"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a wavedistill checkpoint: another program's tensors") from error
+    if version != VERSION:
+        advice = "install a newer wavedistill" if version > VERSION else "train again, or use the wavedistill it is of"
+        raise CheckpointError(f"{path}: of version {version} of the format, and this one reads {VERSION}: {advice}")
+    return tensors, header
+
+
+def save_model(path: Path, kind: Kind, recipe: Recipe, step: int, weights: Mapping[str, Tensor]) -> None:
     """Write the weights of a model after a training step, with the recipe that builds it."""
-    save(
-        path,
-        {"format": FORMAT, "kind": kind, "recipe": recipe.model_dump(mode="json"), "step": step, "model": model},
-    )
+    save(path, weights, {"kind": kind, "recipe": recipe.model_dump(mode="json"), "step": step})
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a model written by `save_model`, ready for use: on the device, in evaluation mode, without gradients.
+
+    Raises:
+        CheckpointError: if it is missing, something else, or does not fit this version of wavedistill.
+    """
+    weights, header = load(path)
+    if "kind" not in header:
+        raise CheckpointError(
+            f"{path}: the state of a training, not a model; give the {MODEL_FILE} of a teacher or student folder"
+        )
+    try:
+        recipe = validate_recipe(header["recipe"], f"{path}, recipe inside")
+        model = build(header["kind"], recipe, seed=0)
+        model.load_state_dict(weights)
+    except (RecipeError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: does not fit this version of wavedistill: {reason}") from error
+    model.to(device).eval().requires_grad_(False)
+    return Checkpoint(header["kind"], recipe, header["step"], model)
 
 
 def set_aside(path: Path) -> Path:
@@ -50,40 +126,10 @@ def set_aside(path: Path) -> Path:
     return path.rename(kept)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a file written by `save`, onto the CPU.
-
-    Raises:
-        CheckpointError: if it is missing, or something else.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint{' (it is a folder)' if path.is_dir() else ''}")
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming in a folder last through a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a foreign file raises depends on its first bytes
-        raise CheckpointError(f"{path}: not a wavedistill checkpoint, or a damaged one") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a wavedistill checkpoint: it holds a {type(content).__name__}")
-    return content
-
-
-def load_model(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a model written by `save_model`, ready for use: on the device, in evaluation mode, without gradients.
-
-    Raises:
-        CheckpointError: if it is missing, something else, or does not fit this version of wavedistill.
-    """
-    content = load(path)
-    if content.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: not a model checkpoint of this version (format {content.get('format')!r}, expected {FORMAT!r}); "
-            "give the checkpoint.pt of a teacher or student folder"
-        )
-    try:
-        recipe = validate_recipe(content["recipe"], f"{path}, recipe inside")
-        model = build(content["kind"], recipe, seed=0)
-        model.load_state_dict(content["model"])
-    except (RecipeError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{path}: does not fit this version of wavedistill: {error}") from error
-    model.to(device).eval().requires_grad_(False)
-    return Checkpoint(content["kind"], recipe, content["step"], model)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

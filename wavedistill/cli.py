@@ -38,7 +38,7 @@ Examples:
 - `wavedistill run recipes/demo.toml` - everything, from a corpus to a report
 - `wavedistill run my.toml --from teacher --until student` - the two trainings
 - `wavedistill teacher my.toml --set teacher.training.steps=20000` - one stage, one setting changed
-- `wavedistill generate exp/demo/student/checkpoint.pt speech.wav --out out` - a waveform from a checkpoint
+- `wavedistill generate exp/demo/student/checkpoint.safetensors speech.wav --out out` - a waveform from a checkpoint
 """,
 )
 
@@ -115,7 +115,7 @@ def benchmark(
 @app.command()
 def generate(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint.pt of a teacher or a student.")
+        Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint.safetensors of a teacher or a student.")
     ],
     inputs: Annotated[
         list[Path],
@@ -135,7 +135,7 @@ def generate(
     The output is 16-bit wav of exactly frames x hop samples. Audio may have any rate, format and number of channels; it
     is brought to the level of the training data, measured over the whole file, and the output back.
 
-    Example: `wavedistill generate exp/demo/student/checkpoint.pt *.wav mel.npy --out out`
+    Example: `wavedistill generate exp/demo/student/checkpoint.safetensors *.wav mel.npy --out out`
     """
     loaded = load_model(checkpoint, _device(device))
     outputs = [out / f"{path.stem}.wav" for path in inputs]

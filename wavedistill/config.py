@@ -60,8 +60,6 @@ class FolderCorpus(Section):
 
     kind: Literal["folder"]
     path: str
-    skip_unreadable: bool = False
-    """Leave out files that hold no audio instead of stopping."""
     limit: PositiveInt | None = None
     """Use only the first so many files, in the order of their paths."""
 
@@ -126,6 +124,8 @@ class Prepare(Section):
     """Longer ones are cut at quiet places."""
     valid_fraction: Fraction
     test_fraction: Fraction
+    max_skipped: Annotated[float, Field(ge=0, le=1)]
+    """Largest share of recordings that may be left out: no audio, silent, clipped, too short, or twice there."""
 
 
 class Conditioning(Section):

@@ -21,6 +21,8 @@ from wavedistill.config import Corpus, DebianCorpus, FolderCorpus, NanottsCorpus
 from wavedistill.errors import CorpusError
 
 NANOTTS_SAMPLE_RATE = 16000
+MOST_CLIPPED = 0.001
+"""Share of a recording's samples; a clipped peak now and then does no harm."""
 
 
 class Source(NamedTuple):
@@ -102,7 +104,7 @@ def _sentences(corpus: NanottsCorpus) -> list[str]:
 def _folder(corpus: FolderCorpus) -> list[Source]:
     root = Path(corpus.path)
     return [
-        Source(_name(index, path), str(path.relative_to(root)), partial(audio.read, path))
+        Source(_name(index, path), str(path.relative_to(root)), partial(audio.read, path, most_clipped=MOST_CLIPPED))
         for index, path in enumerate(_files(corpus), 1)
     ]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-from wavedistill.checkpoint import Kind, load_model
+from wavedistill.checkpoint import MODEL_FILE, Kind, load_model
 from wavedistill.config import Recipe
 from wavedistill.data import Manifest
 from wavedistill.errors import CheckpointError, CorpusError, UserError
@@ -40,7 +41,7 @@ class Experiment:
 
     def checkpoint(self, kind: Kind) -> Path:
         """The trained model's file."""
-        return self.training(kind) / "checkpoint.pt"
+        return self.training(kind) / MODEL_FILE
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -125,8 +126,20 @@ def run_stage(stage: Stage, experiment: Experiment) -> str:
     """Run a stage unless its inputs and settings are those of its last run; returns one line that says what happened.
 
     Raises:
-        UserError: if a stage before it has not finished, or its files are gone.
+        UserError: if a stage before it has not finished, its files are gone, or another process works in the folder.
     """
+    experiment.root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(experiment.root / ".lock")  # which the system takes back from a process that dies
+    try:
+        with lock.acquire(timeout=0):
+            return _run_stage(stage, experiment)
+    except Timeout as error:
+        raise UserError(
+            f"{experiment.root}: another process is at work in this folder: wait for it, or give another --exp"
+        ) from error
+
+
+def _run_stage(stage: Stage, experiment: Experiment) -> str:
     for name in stage.needs:
         if not _stamp(experiment, name).exists():
             raise UserError(

@@ -1,6 +1,7 @@
 """The one training loop, for teacher and student alike."""
 
 import copy
+import itertools
 import math
 import signal
 import time
@@ -18,14 +19,17 @@ from wavedistill import checkpoint
 from wavedistill.audio import LOG_MEL_FLOOR
 from wavedistill.config import Recipe, Training
 from wavedistill.data import Manifest, Segments, random_stream
-from wavedistill.errors import TrainingError
+from wavedistill.errors import CheckpointError, TrainingError
 from wavedistill.models import WaveformModel, build, compile_networks
 from wavedistill.progress import note, progress
 from wavedistill.tasks import Task
 
 LOG_EVERY = 20
 """Steps between two scalars of the log."""
-STATE_FILE = "training.pt"
+KEPT_STATES = 2
+"""The last states of a training that are kept: should the last be damaged, it goes on from the one before."""
+MOST_SKIPPED = 10
+"""Steps in a row without a finite gradient, after which a training stops."""
 TRAIN, VALID = 0, 1
 """Purposes of random streams."""
 
@@ -54,21 +58,21 @@ def fit(
     interrupted and resumed ends with the same weights as one that was not.
 
     Terms without a weight are learnt too, but have no part in the objective: a model's own predictor of F0 learns
-    beside it, from a term `pitch`.
+    beside it, from a term `pitch`. A step whose gradient is not finite changes nothing, and is counted.
 
     Args:
         task: what to train, and how.
         manifest: the prepared corpus.
         audio_folder: the folder of its audio files.
         recipe: the experiment; stored in the checkpoint.
-        folder: where `checkpoint.pt`, the resumable `training.pt` and TensorBoard logs go.
+        folder: where the model to use, the states to resume from and TensorBoard logs go.
         fingerprint: of all that the trajectory depends on; only a state with the same one is resumed.
         device: where to compute.
 
     Raises:
-        TrainingError: if the loss stops being finite, or the training is interrupted.
+        TrainingError: if the loss is not finite for long, or the training is interrupted.
         CorpusError: if no utterance is as long as a segment.
-        CheckpointError: if the state of the earlier call is damaged.
+        CheckpointError: if every state of the earlier call is damaged, or none can be written.
     """
     settings, batches = task.settings, Batches(task, manifest, audio_folder, recipe, device)
     learner = Learner(task, recipe, device)
@@ -81,7 +85,8 @@ def fit(
 
     def validate() -> None:
         values = batches.validate(average)
-        _require_finite(values, task, state.step, folder)
+        if not all(map(math.isfinite, values.values())):
+            raise _diverged(f"the validation loss is not finite at step {state.step} ({values})", task, folder)
         state.keep_best(values, task, recipe, folder, writer)
 
     with (
@@ -94,7 +99,8 @@ def fit(
             unit="step",
         ) as bar,
     ):
-        if not state.step:
+        if state.best_step is None:
+            state.save(folder)  # first, so that a checkpoint is never without a state, whenever the process dies
             validate()
             state.save(folder)
         while state.step < settings.steps:
@@ -103,11 +109,26 @@ def fit(
             state.step += 1
             bar.update()
 
-            if state.step % LOG_EVERY == 0:
+            if not math.isfinite(norm):
+                state.skipped += 1
+                state.skipped_in_a_row += 1
+                writer.add_scalar("train/skipped_steps", state.skipped, state.step)
+                if state.skipped_in_a_row >= MOST_SKIPPED:
+                    raise _diverged(
+                        f"the gradient was not finite {MOST_SKIPPED} steps in a row, up to step {state.step}",
+                        task,
+                        folder,
+                    )
+            else:
+                state.skipped_in_a_row = 0
+            if state.step % LOG_EVERY == 0 and math.isfinite(norm):
                 values = {name: term.item() for name, term in terms.items()}
-                _require_finite(values, task, state.step, folder)
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-                for name, value in {**values, "gradient_norm": norm.item()}.items():
+                for name, value in {
+                    **values,
+                    "gradient_norm": norm,
+                    "parameter_norm": learner.parameter_norm(),
+                }.items():
                     writer.add_scalar(f"train/{name}", value, state.step)
             if state.step % settings.validate_every == 0 or state.step == settings.steps:
                 validate()
@@ -120,6 +141,7 @@ def fit(
                 )
         seconds = time.monotonic() - started
         writer.add_scalar("train/steps_per_second", (state.step - first_step) / seconds, state.step)
+    assert state.best_step is not None
     return Outcome(state.best_step, state.best_valid, seconds)
 
 
@@ -140,19 +162,27 @@ class Learner:
         self._predictor = [parameter for name, parameter in learnt.items() if name.startswith("pitch.")]
         self._density = [parameter for name, parameter in learnt.items() if not name.startswith("pitch.")]
 
-    def step(self, terms: Mapping[str, Tensor], step: int) -> Tensor:
-        """Follow the gradient of the terms of one step; returns its norm, before clipping."""
+    def step(self, terms: Mapping[str, Tensor], step: int) -> float:
+        """Follow the gradient of the terms of one step, unless it is not finite; returns its norm, before clipping."""
         settings = self.task.settings
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         unweighted = [term for name, term in terms.items() if name not in self.task.weights]
         self.optimizer.zero_grad(set_to_none=True)
         (objective(terms, self.task.weights) + sum(unweighted)).backward()
-        norm = nn.utils.clip_grad_norm_(self._density, settings.grad_clip)
-        nn.utils.clip_grad_norm_(self._predictor, settings.grad_clip)
+        norm, predictor_norm = (
+            float(nn.utils.clip_grad_norm_(parameters, settings.grad_clip))
+            for parameters in (self._density, self._predictor)
+        )
+        if not math.isfinite(norm + predictor_norm):
+            return math.nan
         self.optimizer.step()
         update_average(self.average, self.model, settings.ema_decay, step + 1)
         return norm
+
+    def parameter_norm(self) -> float:
+        """The norm of all learnt weights."""
+        return float(nn.utils.get_total_norm([*self._density, *self._predictor]))
 
 
 class Batches:
@@ -205,12 +235,15 @@ class Batches:
 class State:
     """All that a training needs to go on: weights, their average, the optimizer, the step, and the best so far."""
 
+    COUNTS = ("step", "skipped", "skipped_in_a_row")
+
     def __init__(
         self, model: WaveformModel, average: WaveformModel, optimizer: torch.optim.Optimizer, fingerprint: str
     ) -> None:
-        self.parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
-        self.average, self.fingerprint = average, fingerprint
-        self.step, self.best_step, self.best_objective = 0, 0, math.inf
+        self.model, self.average, self.optimizer, self.fingerprint = model, average, optimizer, fingerprint
+        self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.best_step: int | None = None
+        self.best_objective = math.inf
         self.best_valid: dict[str, float] = {}
 
     def keep_best(
@@ -222,35 +255,81 @@ class State:
         total = sum(weight * valid[name] for name, weight in task.weights.items() if weight)
         if total < self.best_objective:
             self.best_step, self.best_objective, self.best_valid = self.step, total, valid
-            checkpoint.save_model(folder / "checkpoint.pt", task.kind, recipe, self.step, self.average.state_dict())
+            checkpoint.save_model(
+                folder / checkpoint.MODEL_FILE, task.kind, recipe, self.step, self.average.state_dict()
+            )
 
     def save(self, folder: Path) -> None:
-        """Write the state, whole or not at all."""
-        scalars = {name: value for name, value in vars(self).items() if name not in ("parts", "average")}
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        checkpoint.save(folder / STATE_FILE, {**scalars, **parts})
+        """Write the state, whole or not at all, and delete the oldest."""
+        tensors = {
+            **{f"model.{name}": value for name, value in self.model.state_dict().items()},
+            **{f"average.{name}": value for name, value in self.average.state_dict().items()},
+            **{
+                f"optimizer.{index}.{name}": value
+                for index, values in self.optimizer.state_dict()["state"].items()
+                for name, value in values.items()
+            },
+        }
+        best = None if self.best_step is None else [self.best_step, self.best_objective, self.best_valid]
+        header = {name: getattr(self, name) for name in ("fingerprint", *self.COUNTS)}
+        checkpoint.save(folder / f"state-{self.step:08d}{checkpoint.SUFFIX}", tensors, {**header, "best": best})
+        for path in saved_states(folder)[KEPT_STATES:]:
+            path.unlink()
 
     def restore(self, folder: Path, steps: int) -> None:
         """Take up the state in a folder; a folder of another training, or one beyond `steps`, is set aside."""
-        files = [(folder / name).exists() for name in (STATE_FILE, "checkpoint.pt")]
-        if not any(files):
+        for partial in folder.glob("*.partial"):  # of a process that died
+            partial.unlink()
+        states, model = saved_states(folder), folder / checkpoint.MODEL_FILE
+        if not states and not model.exists():
             return
-        content = checkpoint.load(folder / STATE_FILE) if all(files) else {}
-        if content.get("fingerprint") != self.fingerprint or content["step"] > steps:
+        tensors, header = _last_readable(states) if states else ({}, {})
+        if (
+            header.get("fingerprint") != self.fingerprint
+            or header["step"] > steps
+            or (header["best"] and not model.exists())
+        ):
             kept = checkpoint.set_aside(folder)
             note(f"{folder}: holds a training with other settings or data, or only a part of one; kept as {kept}")
             return
-        for name, part in self.parts.items():
-            part.load_state_dict(content.pop(name))
-        vars(self).update(content)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            if part == "optimizer":
+                index, _, name = name.partition(".")
+                moments.setdefault(int(index), {})[name] = value
+        for part, module in (("model", self.model), ("average", self.average)):
+            module.load_state_dict(
+                {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
+            )
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        for name in self.COUNTS:
+            setattr(self, name, header[name])
+        if header["best"]:
+            self.best_step, self.best_objective, self.best_valid = header["best"]
 
 
-def _require_finite(values: Mapping[str, float], task: Task, step: int, folder: Path) -> None:
-    if not all(map(math.isfinite, values.values())):
-        raise TrainingError(
-            f"{task.kind}: the loss is not finite at step {step} ({values}): lower {task.kind}.training.learning_rate "
-            f"or grad_clip; {folder} keeps the last good checkpoint"
-        )
+def saved_states(folder: Path) -> list[Path]:
+    """The states of a training, the last first."""
+    return sorted(folder.glob(f"state-*{checkpoint.SUFFIX}"), reverse=True)
+
+
+def _last_readable(states: list[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    for path, before in itertools.zip_longest(states, states[1:]):
+        try:
+            return checkpoint.load(path)
+        except CheckpointError as error:
+            if before is None:
+                raise
+            note(f"{error}; going on from {before.name}, the one before")
+    raise AssertionError("there is at least one state")
+
+
+def _diverged(what: str, task: Task, folder: Path) -> TrainingError:
+    return TrainingError(
+        f"{task.kind}: {what}: lower {task.kind}.training.learning_rate or grad_clip; {folder} "
+        "keeps the last good state"
+    )
 
 
 def objective(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

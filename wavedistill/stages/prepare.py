@@ -1,10 +1,18 @@
 """Turn a corpus into mono, resampled, trimmed, level-normalised utterances with train, valid and test splits."""
 
 import hashlib
+import json
 import math
+import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import librosa
 import numpy as np
@@ -12,77 +20,156 @@ import torch
 from torch import Tensor
 
 from wavedistill import audio, corpora
-from wavedistill.config import FolderCorpus, Prepare, Recipe
+from wavedistill.config import Prepare, Recipe
+from wavedistill.corpora import Source
 from wavedistill.data import Manifest, Split, Utterance, f0_path
 from wavedistill.errors import AudioError, CorpusError
-from wavedistill.experiment import Experiment, Stage, sha256, write_json
+from wavedistill.experiment import Experiment, Stage, fingerprint, sha256, write_json
 from wavedistill.pitch import track_f0
 from wavedistill.progress import note, progress
 
 READS = {"seed", "corpus", "audio", "prepare"}
+FEW = 24
+"""Recordings that are done sooner than more processes have started."""
+SHOWN = 10
+"""Recordings left out that are named; a file names them all."""
+
+
+class Clip(NamedTuple):
+    """A prepared utterance, before it has a split."""
+
+    name: str
+    source: str
+    frames: int
+    gain: float
+    sha256: str
+
+
+class Result(NamedTuple):
+    """What became of one recording: its clips, or why it has none."""
+
+    clips: list[Clip]
+    fault: str | None
 
 
 def run(experiment: Experiment) -> str:
-    """Write the utterances and their manifest; returns a line of result."""
+    """Write the utterances, their manifest, and what was left out; returns a line of result."""
     recipe = experiment.recipe
     fresh = experiment.root / "audio.partial"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    records = fresh / "records"
+    _begin(fresh, fingerprint(_settings(experiment), []))
+    sources = corpora.sources(recipe.corpus)
 
-    clips: list[tuple[str, str, int, float]] = []  # name, origin, frames, gain
+    clips: list[Clip] = []
     faults: list[str] = []
-    short = 0
-    for source in progress(iterable=corpora.sources(recipe.corpus), desc="prepare", unit="file"):
-        try:
-            samples = source.read(recipe.audio.sample_rate)
-            if not samples.any():
-                raise AudioError(f"{source.origin}: is silent from end to end; remove it or record it again")
-            pieces = list(utterances(samples, recipe))
-        except AudioError as error:
-            faults.append(str(error))
-            continue
-        gain = audio.level_gain(torch.cat(pieces), recipe.audio.level_db)
-        for number, piece in enumerate(pieces):
-            if len(piece) < recipe.prepare.min_seconds * recipe.audio.sample_rate:
-                if len(pieces) == 1:
-                    note(
-                        f"{source.origin}: left out: {len(piece) / recipe.audio.sample_rate:.2f} s without its silence"
-                    )
-                short += 1
-                continue
-            whole = audio.pad_to_hops(piece * gain, recipe.audio.hop_length)
-            name = source.name if len(pieces) == 1 else f"{source.name}_{number:03d}"
-            audio.write(fresh / f"{name}.wav", whole, recipe.audio.sample_rate)
-            np.save(f0_path(fresh, name), track_f0(whole, recipe.audio).numpy())
-            clips.append((name, source.origin, len(whole) // recipe.audio.hop_length, gain))
-    _judge(faults, recipe)
+    first: dict[str, str] = {}  # origin of each sound
+    results = _prepared(sources, recipe, fresh)
+    bar = progress(iterable=results, desc="prepare", unit="file", total=len(sources))
+    for source, result in zip(sources, bar, strict=True):
+        known = [first.setdefault(clip.sha256, source.origin) for clip in result.clips]
+        new = [clip for clip, origin in zip(result.clips, known, strict=True) if origin == source.origin]
+        for clip in set(result.clips) - set(new):
+            (fresh / f"{clip.name}.wav").unlink(missing_ok=True)
+            f0_path(fresh, clip.name).unlink(missing_ok=True)
+        clips += new
+        if not new:
+            faults.append(result.fault or f"{source.origin}: holds the same sound as {known[0]}; remove either")
+    report = experiment.root / "prepare.json"
+    write_json(report, {"recordings": len(sources), "utterances": len(clips), "left_out": faults})
+    _judge(faults, len(sources), recipe, report)
     if len(clips) < 3:
         raise CorpusError(
-            f"{len(clips)} utterance{'s' * (len(clips) != 1)} of at least prepare.min_seconds = "
-            f"{recipe.prepare.min_seconds} s ({short} shorter): a corpus needs 3, one each to train, validate and test"
+            f"{len(clips)} utterance{'s' * (len(clips) != 1)}: a corpus needs 3, one each to train, validate and test"
         )
 
     split = splits(clips, recipe)
     manifest = Manifest(
         audio=recipe.audio,
-        utterances=[
-            Utterance(
-                name=name,
-                source=origin,
-                split=split[name],
-                frames=frames,
-                gain=gain,
-                sha256=sha256(fresh / f"{name}.wav"),
-            )
-            for name, origin, frames, gain in clips
-        ],
+        utterances=[Utterance(**clip._asdict(), split=split[clip.name]) for clip in clips],
     )
+    shutil.rmtree(records)
     shutil.rmtree(experiment.audio, ignore_errors=True)
     fresh.rename(experiment.audio)
     write_json(experiment.manifest, manifest.model_dump(mode="json"))
     minutes = ", ".join(f"{manifest.seconds(part) / 60:.1f} min {part}" for part in ("train", "valid", "test"))
-    left_out = f", {short} too short and {len(faults)} unreadable left out" if short or faults else ""
+    left_out = f"; {len(faults)} of {len(sources)} recordings left out: {report}" if faults else ""
     return f"{len(clips)} utterances ({minutes}{left_out}): {experiment.manifest}"
+
+
+def _begin(folder: Path, current: str) -> None:
+    """Make the folder to prepare into, with what an interrupted call of the same settings has left there."""
+    mark = folder / "records" / "fingerprint"
+    if mark.is_file() and mark.read_text() == current:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    mark.parent.mkdir(parents=True)
+    mark.write_text(current)
+
+
+def _prepared(sources: list[Source], recipe: Recipe, folder: Path) -> Iterator[Result]:
+    """The result of each recording, in order, computed on all cores; those of few recordings in this process."""
+    one = partial(_prepare, recipe=recipe, folder=folder)
+    if len(sources) < FEW:
+        yield from map(one, sources)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), initializer=_worker) as pool:
+        try:
+            yield from pool.map(one, sources, chunksize=4)
+        except BrokenProcessPool as error:
+            raise CorpusError(
+                f"{folder}: a process that prepared recordings was killed, perhaps for want of memory: run the prepare "
+                "stage again, it goes on where it stopped"
+            ) from error
+
+
+def _worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    torch.set_num_threads(1)
+
+
+def _prepare(source: Source, recipe: Recipe, folder: Path) -> Result:
+    """Write the clips of one recording, or read what an earlier call noted of it."""
+    record = folder / "records" / f"{source.name}.json"
+    if record.is_file():
+        clips, fault = json.loads(record.read_text())
+        return Result([Clip(*clip) for clip in clips], fault)
+    try:
+        result = Result(_clips(source, recipe, folder), None)
+    except AudioError as error:
+        result = Result([], str(error))
+    write_json(record, result)
+    return result
+
+
+def _clips(source: Source, recipe: Recipe, folder: Path) -> list[Clip]:
+    """Write the clips of one recording.
+
+    Raises:
+        AudioError: if it has none.
+    """
+    samples = source.read(recipe.audio.sample_rate)
+    if not samples.any():
+        raise AudioError(f"{source.origin}: is silent from end to end; remove it or record it again")
+    pieces = list(utterances(samples, recipe))
+    gain = audio.level_gain(torch.cat(pieces), recipe.audio.level_db)
+    clips = []
+    for number, piece in enumerate(pieces):
+        if len(piece) < recipe.prepare.min_seconds * recipe.audio.sample_rate:
+            continue
+        whole = audio.pad_to_hops(piece * gain, recipe.audio.hop_length)
+        name = source.name if len(pieces) == 1 else f"{source.name}_{number:03d}"
+        path = folder / f"{name}.wav"
+        audio.write(path, whole, recipe.audio.sample_rate)
+        np.save(f0_path(folder, name), track_f0(whole, recipe.audio).numpy())
+        clips.append(Clip(name, source.origin, len(whole) // recipe.audio.hop_length, gain, sha256(path)))
+    if not clips:
+        longest = max(map(len, pieces)) / recipe.audio.sample_rate
+        raise AudioError(
+            f"{source.origin}: is too short: {longest:.2f} s without its silence, less than prepare.min_seconds = "
+            f"{recipe.prepare.min_seconds}"
+        )
+    return clips
 
 
 def utterances(samples: Tensor, recipe: Recipe) -> Iterator[Tensor]:
@@ -104,11 +191,11 @@ def utterances(samples: Tensor, recipe: Recipe) -> Iterator[Tensor]:
     yield trim(rest)
 
 
-def splits(clips: list[tuple[str, str, int, float]], recipe: Recipe) -> dict[str, Split]:
+def splits(clips: list[Clip], recipe: Recipe) -> dict[str, Split]:
     """The split of each clip: by recording, so that no recording is in two, or by clip if there are too few of them."""
     settings: Prepare = recipe.prepare
-    by_recording = len({origin for _, origin, _, _ in clips}) >= 3
-    group = {name: origin if by_recording else name for name, origin, _, _ in clips}
+    by_recording = len({clip.source for clip in clips}) >= 3
+    group = {clip.name: clip.source if by_recording else clip.name for clip in clips}
     # Ranked by a hash, so that the order of files says nothing about their split.
     ranked = sorted(set(group.values()), key=lambda g: hashlib.sha256(f"{recipe.seed} {g}".encode()).digest())
     test, valid = (
@@ -127,20 +214,27 @@ def _quietest(samples: Tensor, rate: int) -> int:
     return int(energy.argmin()) + width // 2
 
 
-def _judge(faults: list[str], recipe: Recipe) -> None:
-    corpus = recipe.corpus
-    if not faults:
-        return
-    if isinstance(corpus, FolderCorpus) and corpus.skip_unreadable:
-        for fault in faults:
-            note(f"left out: {fault}")
-        return
-    shown = "\n".join(faults[:10]) + (f"\n... and {len(faults) - 10} more" if len(faults) > 10 else "")
-    advice = ", or leave out all such files with --set corpus.skip_unreadable=true"
-    raise CorpusError(
-        f"{shown}\n{len(faults)} file{'s' * (len(faults) != 1)} of the corpus cannot be used; mend or remove"
-        f"{advice if isinstance(corpus, FolderCorpus) else ''}"
-    )
+def _judge(faults: list[str], recordings: int, recipe: Recipe, report: Path) -> None:
+    allowed = recipe.prepare.max_skipped
+    for fault in faults[:SHOWN]:
+        note(f"left out: {fault}")
+    if len(faults) > SHOWN:
+        note(f"left out: {len(faults) - SHOWN} more: {report}")
+    if len(faults) > allowed * recordings:
+        raise CorpusError(
+            f"{faults[0]}; {len(faults)} of {recordings} recordings cannot be used ({report} has them all), and "
+            f"prepare.max_skipped = {allowed:g}: mend or remove them, or raise it to "
+            f"{_share(len(faults), recordings):g}"
+        )
+
+
+def _share(part: int, whole: int) -> float:
+    """A share of a whole, rounded up to hundredths."""
+    return math.ceil(100 * part / whole) / 100
+
+
+def _settings(experiment: Experiment) -> list[Any]:
+    return [experiment.recipe.model_dump(mode="json", include=READS), corpora.state(experiment.recipe.corpus)]
 
 
 def _outputs(experiment: Experiment) -> list[Path]:
@@ -155,10 +249,7 @@ stage = Stage(
     name="prepare",
     summary=__doc__,
     needs=(),
-    settings=lambda experiment: [
-        experiment.recipe.model_dump(mode="json", include=READS),
-        corpora.state(experiment.recipe.corpus),
-    ],
+    settings=_settings,
     inputs=lambda experiment: [],
     outputs=_outputs,
     run=run,

@@ -70,15 +70,15 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint{' (it is a folder)' if path.is_dir() else ''}")
-    with path.open("rb") as file:
-        first = file.read(2)
-    if first[:1] == b"\x80" or first == b"PK":  # pickle, bare or in torch's archive
-        raise CheckpointError(f"{path}: a pickled file, which could run code and is not read; give a {SUFFIX} file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (SafetensorError, OSError) as error:
+        if _first_bytes(path) in (b"PK", *(bytes([0x80, protocol]) for protocol in range(6))):  # torch's, or bare
+            raise CheckpointError(
+                f"{path}: a pickled file, which could run code and is not read; give a {SUFFIX} file"
+            ) from error
         raise CheckpointError(f"{path}: not a wavedistill checkpoint, or a damaged one") from error
     try:
         header = json.loads(metadata[HEADER])
@@ -124,6 +124,11 @@ def set_aside(path: Path) -> Path:
     while (kept := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     return path.rename(kept)
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(2)
 
 
 def _sync_folder(folder: Path) -> None:

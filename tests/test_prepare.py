@@ -170,6 +170,12 @@ def test_an_interrupted_preparation_goes_on(voice: Path, prepare: Prepare, monke
     assert len(read) == 4 + 2, "what was done is not done again"
     prepare(voice, trim_db=30.0)
     assert len(read) == 4 + 2 + 5, "other settings prepare everything"
+    (voice / "bad.wav").write_text("words")
+    with pytest.raises(CorpusError):
+        prepare(voice)
+    assert len(read) == 4 + 2 + 5 + 6
+    prepare(voice, max_skipped=0.2)
+    assert len(read) == 4 + 2 + 5 + 6, "to allow more takes no time"
 
 
 def test_a_peak_at_full_scale_is_not_clipping() -> None:

@@ -57,7 +57,9 @@ def run(experiment: Experiment) -> str:
     recipe = experiment.recipe
     fresh = experiment.root / "audio.partial"
     records = fresh / "records"
-    _begin(fresh, fingerprint(_settings(experiment), []))
+    # A call that left out too many may go on where it stopped, with more allowed.
+    made_by = recipe.model_dump(mode="json", include=READS, exclude={"prepare": {"max_skipped"}})
+    _begin(fresh, fingerprint([made_by, corpora.state(recipe.corpus)], []))
     sources = corpora.sources(recipe.corpus)
 
     clips: list[Clip] = []

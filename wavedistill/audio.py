@@ -108,7 +108,7 @@ def read(path: Path, sample_rate: int, most_clipped: float = 1.0) -> Tensor:
 def clipped_share(samples: np.ndarray) -> float:
     """The share of samples (T, channels) that stand at full scale, three or more in a row."""
     full = np.abs(samples) >= (PCM16_STEPS - 1) / PCM16_STEPS
-    return float((full[:-2] & full[1:-1] & full[2:]).mean()) if len(samples) > 2 else 0.0
+    return float(np.lib.stride_tricks.sliding_window_view(full, 3, 0).all(-1).mean()) if len(full) > 2 else 0.0
 
 
 def write(path: Path, audio: Tensor, sample_rate: int) -> None:

@@ -292,16 +292,16 @@ class State:
             kept = checkpoint.set_aside(folder)
             note(f"{folder}: holds a training with other settings or data, or only a part of one; kept as {kept}")
             return
-        moments: dict[int, dict[str, Tensor]] = {}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
         for key, value in tensors.items():
             part, _, name = key.partition(".")
-            if part == "optimizer":
-                index, _, name = name.partition(".")
-                moments.setdefault(int(index), {})[name] = value
-        for part, module in (("model", self.model), ("average", self.average)):
-            module.load_state_dict(
-                {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
-            )
+            parts[part][name] = value
+        self.model.load_state_dict(parts["model"])
+        self.average.load_state_dict(parts["average"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in parts["optimizer"].items():
+            index, _, name = key.partition(".")
+            moments.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         for name in self.COUNTS:
             setattr(self, name, header[name])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from torch import nn
 
@@ -81,6 +82,18 @@ def small_mel(batch: int, frames: int, seed: int = 0) -> torch.Tensor:
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def speech_like(samples: int, seed: int = 0) -> torch.Tensor:
+    return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed)).cumsum(0).sin()
+
+
+def write_voice(folder: Path, count: int) -> Path:
+    """A folder of so many recordings of a second."""
+    folder.mkdir()
+    for number in range(count):
+        soundfile.write(folder / f"{number}.wav", speech_like(16000, number).numpy(), 16000)
+    return folder
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "wavedistill"
 LAYERS = [
-    {"errors", "memory", "progress"},
+    {"engine", "errors", "memory", "progress"},
     {"config", "flows", "wavenet"},
     {"audio", "losses", "pitch"},
     {"linear_prediction", "data", "corpora", "metrics"},
@@ -20,6 +20,7 @@ LAYERS = [
     {"experiment", "training"},
     {"stages"},
     {"cli"},
+    {"__main__"},
 ]
 MODULES = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
 

@@ -7,14 +7,11 @@ import pytest
 import soundfile
 import torch
 
+from tests.conftest import speech_like
 from wavedistill import audio
 from wavedistill.config import Recipe
 from wavedistill.data import Manifest, Segments, Utterance, dequantise, f0_path, random_stream, read_samples
 from wavedistill.errors import AudioError, CorpusError
-
-
-def speech_like(samples: int, seed: int = 0) -> torch.Tensor:
-    return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed)).cumsum(0).sin()
 
 
 def corpus(folder: Path, recipe: Recipe, frames: list[int]) -> Manifest:
@@ -160,7 +157,7 @@ def test_segments_start_everywhere_equally_often(tmp_path: Path, tiny: Recipe) -
         labels = (20 * i + torch.arange(utterance.frames)).repeat_interleave(tiny.audio.hop_length) / 1000
         audio.write(tmp_path / "audio" / f"{i}.wav", labels, tiny.audio.sample_rate)
     segments = Segments(manifest, tmp_path / "audio", "train", frames=10, context=1)
-    first = segments.draw(3500, random_stream(0)).audio[:, 0]
+    first = segments.draw([random_stream(0, i) for i in range(3500)]).audio[:, 0]
     labels, counts = (first * 1000).round().int().unique(return_counts=True)
     assert labels.tolist() == [0, 1, 20, 21, 22, 23, 24]
     assert ((counts - 500).abs() < 5 * 500**0.5).all()
@@ -173,7 +170,7 @@ def test_segments_longer_than_every_utterance_are_refused(tmp_path: Path, tiny: 
 
 
 def test_dequantisation_fills_one_step_evenly() -> None:
-    steps = (dequantise(torch.full((100_000,), 0.25), random_stream(0)) - 0.25) * audio.PCM16_STEPS
+    steps = (dequantise(torch.full((1, 100_000), 0.25), [random_stream(0)]) - 0.25) * audio.PCM16_STEPS
     assert steps.min() >= -0.5
     assert steps.max() <= 0.5
     assert abs(steps.mean()) < 0.01

@@ -15,8 +15,7 @@ import soundfile
 import torch
 from filelock import FileLock
 
-from tests.conftest import RECIPES
-from tests.test_audio import speech_like
+from tests.conftest import RECIPES, speech_like
 from wavedistill import checkpoint
 from wavedistill.cli import main
 from wavedistill.training import saved_states

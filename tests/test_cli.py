@@ -11,8 +11,7 @@ import pytest
 import soundfile
 import torch
 
-from tests.conftest import RECIPES, REPOSITORY
-from tests.test_audio import speech_like
+from tests.conftest import RECIPES, REPOSITORY, speech_like
 from wavedistill.audio import LogMel
 from wavedistill.checkpoint import load_model
 from wavedistill.config import Gates, load_recipe

@@ -7,11 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-import soundfile
 from filelock import FileLock
 
-from tests.conftest import RECIPES, REPOSITORY
-from tests.test_audio import speech_like
+from tests.conftest import RECIPES, REPOSITORY, write_voice
 from wavedistill import checkpoint
 from wavedistill.training import KEPT_STATES, saved_states
 
@@ -34,8 +32,7 @@ class Training:
             self._options += ["--set", f"{key}={value}"]
 
     def start(self, *words: str) -> "subprocess.Popen[str]":
-        script = "from wavedistill.cli import main; main()"
-        command = [sys.executable, "-c", script, *words, *map(str, self._options)]
+        command = [sys.executable, "-m", "wavedistill", *words, *map(str, self._options)]
         return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def finish(self, *words: str) -> None:
@@ -55,11 +52,7 @@ class Training:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    folder = tmp_path / "voice"
-    folder.mkdir()
-    for number in range(5):
-        soundfile.write(folder / f"{number}.wav", speech_like(16000, number).numpy(), 16000)
-    return folder
+    return write_voice(tmp_path / "voice", 5)
 
 
 @pytest.mark.slow

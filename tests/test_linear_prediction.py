@@ -11,8 +11,7 @@ import scipy.signal
 import torch
 from torch import Tensor
 
-from tests.conftest import noise
-from tests.test_audio import speech_like
+from tests.conftest import noise, speech_like
 from wavedistill.audio import LogMel
 from wavedistill.config import Recipe, validate_recipe
 from wavedistill.linear_prediction import (

@@ -198,7 +198,7 @@ def distillation(recipe: Recipe, **loss: Any) -> tuple[dict[str, Tensor], Wavefo
     batch = Batch(audio[:, context * hop : -context * hop], audio, mel, torch.full((2, mel.shape[2]), 100.0).double())
     objective = Distillation(teacher, recipe)
     objective.filters = {n_fft: filters.double() for n_fft, filters in objective.filters.items()}
-    return objective.terms(student, batch, random_stream(0)), student
+    return objective.terms(student, batch, [random_stream(0, item) for item in range(2)]), student
 
 
 @pytest.mark.parametrize(
@@ -229,6 +229,6 @@ def test_reconstruction_is_exact_for_a_student_that_is_its_teacher(tiny: Recipe)
     loss = tiny.student.loss.model_copy(update={"x_reconstruction": 1.0, "z_reconstruction": 1.0})
     recipe = tiny.model_copy(update={"student": tiny.student.model_copy(update={"loss": loss})})
     batch = Batch(inner, audio, mel, torch.zeros(1, mel.shape[2]))
-    terms = Distillation(teacher, recipe).terms(student, batch, random_stream(0))
+    terms = Distillation(teacher, recipe).terms(student, batch, [random_stream(0)])
     for name in ("kl", "x_reconstruction", "z_reconstruction"):
         assert terms[name].abs() < 1e-3, name  # the soft bound of each flow adds a hundredth to its log-scale

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from tests.test_audio import speech_like
+from tests.conftest import speech_like
 from wavedistill import audio, stages
 from wavedistill.config import DebianCorpus, Recipe, validate_recipe
 from wavedistill.corpora import _command, sources

@@ -13,11 +13,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from tests.test_audio import corpus, speech_like
+from tests.conftest import speech_like
+from tests.test_audio import corpus
 from wavedistill import checkpoint
 from wavedistill.audio import LogMel, rms_db
 from wavedistill.config import Recipe, validate_recipe
-from wavedistill.data import Batch, Manifest, dequantise, random_stream
+from wavedistill.data import Batch, Manifest, Streams, dequantise, random_stream
 from wavedistill.errors import CheckpointError, TrainingError
 from wavedistill.experiment import Experiment, Stage, run_stage
 from wavedistill.losses import negative_log_likelihood
@@ -59,12 +60,12 @@ def train(tmp_path: Path, recipe: Recipe) -> Train:
     ) -> Outcome:
         count = itertools.count(1)
 
-        def terms(model: WaveformModel, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
+        def terms(model: WaveformModel, batch: Batch, streams: Streams) -> Mapping[str, Tensor]:
             hook(next(count))
             density = model(batch.mel, batch.f0)
             assert model.pitch is not None
             return {
-                "nll": negative_log_likelihood(density, dequantise(batch.audio, generator)).mean(),
+                "nll": negative_log_likelihood(density, dequantise(batch.audio, streams)).mean(),
                 "pitch": model.pitch.loss(batch.mel, batch.f0),
             }
 
@@ -241,15 +242,16 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(tmp_pat
     train("good", steps=3)
     step = Learner.step
 
-    def spoilt(learner: Learner, terms: Mapping[str, Tensor], number: int) -> float:
+    def spoilt(learner: Learner, parts: Any, number: int) -> tuple[dict[str, Tensor], float]:
         if number != 1:
-            return step(learner, terms, number)
+            return step(learner, parts, number)
         before = [value.clone() for part in (learner.model, learner.average) for value in part.parameters()]
-        norm = step(learner, {name: term * math.nan for name, term in terms.items()}, number)
+        found = step(learner, [(batch._replace(mel=batch.mel * math.nan), streams) for batch, streams in parts], number)
         after = [value for part in (learner.model, learner.average) for value in part.parameters()]
         assert all(map(torch.equal, before, after))
         assert all(state["step"] == 1 for state in learner.optimizer.state.values())
-        return norm
+        assert math.isnan(found[1])
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "step", spoilt)

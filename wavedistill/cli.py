@@ -13,6 +13,7 @@ from wavedistill import __version__, audio
 from wavedistill.checkpoint import Checkpoint, load_model
 from wavedistill.config import load_recipe
 from wavedistill.data import random_stream
+from wavedistill.engine import launch
 from wavedistill.errors import RecipeError, UserError
 from wavedistill.experiment import Experiment, run_stage
 from wavedistill.memory import keep_freed_memory
@@ -180,12 +181,12 @@ def _synthesise(loaded: Checkpoint, path: Path, seed: int, temperature: float) -
 def _run(names: list[str], path: Path, overrides: list[str] | None, root: Path, device: str) -> None:
     experiment = _experiment(path, overrides, root, device)
     for name in names:
-        typer.echo(run_stage(STAGES[name], experiment))
+        launch(experiment.device).print(run_stage(STAGES[name], experiment))  # the first of several processes
 
 
 def _experiment(path: Path, overrides: list[str] | None, root: Path, device: str) -> Experiment:
     recipe = load_recipe(path, overrides or [])
-    return Experiment(recipe, root / recipe.name, _device(device))
+    return Experiment(recipe, root / recipe.name, launch(_device(device)).device)
 
 
 def _device(name: str) -> torch.device:

@@ -164,6 +164,11 @@ class Training(Section):
 
     steps: PositiveInt
     batch_size: PositiveInt
+    """Of all processes together."""
+    accumulate: PositiveInt
+    """Parts of a batch whose gradients are computed one after another, for want of memory."""
+    precision: Literal["32-true", "bf16-mixed"]
+    """All in float32, or the networks in bfloat16 and weights, densities and losses in float32."""
     segment_frames: PositiveInt
     """Mel frames of each random crop."""
     learning_rate: PositiveFloat

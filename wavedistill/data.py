@@ -1,6 +1,6 @@
 """The prepared corpus: a manifest of utterances, whole or in hop-aligned random segments."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -15,6 +15,8 @@ from wavedistill.config import Audio
 from wavedistill.errors import CorpusError
 
 Split = Literal["train", "valid", "test"]
+Streams = Sequence[torch.Generator]
+"""One for each item of a batch, so that an item's noise is the same in a batch of any size, in any process."""
 
 
 class Utterance(BaseModel):
@@ -116,16 +118,15 @@ class Segments:
                 f"no utterance of the {split} split has {frames} frames (the longest has {longest}): "
                 "lower segment_frames, or add longer recordings"
             )
-        self._weights = torch.tensor([u.frames - frames + 1 for u in self.utterances], dtype=torch.float64)
+        self._ends = np.cumsum([u.frames - frames + 1 for u in self.utterances])
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> Batch:
-        """A batch of random segments, every position of the corpus equally likely."""
-        chosen = torch.multinomial(self._weights, batch_size, replacement=True, generator=generator)
-        offsets = torch.rand(batch_size, generator=generator, dtype=torch.float64)
+    def draw(self, streams: Streams) -> Batch:
+        """A batch of random segments, one from each stream; every position of the corpus is equally likely."""
         places = []
-        for index, offset in zip(chosen.tolist(), offsets.tolist(), strict=True):
-            utterance = self.utterances[index]
-            places.append((utterance, int(offset * (utterance.frames - self.frames + 1))))
+        for stream in streams:
+            position = int(torch.randint(int(self._ends[-1]), (), generator=stream))
+            index = int(np.searchsorted(self._ends, position, side="right"))
+            places.append((self.utterances[index], int(self._ends[index]) - 1 - position))
         return self.cut(places)
 
     def cut(self, places: Sequence[tuple[Utterance, int]]) -> Batch:
@@ -180,10 +181,15 @@ def read_f0(folder: Path, utterance: Utterance) -> Tensor:
     return torch.from_numpy(f0.astype(np.float32))
 
 
-def dequantise(audio: Tensor, generator: torch.Generator) -> Tensor:
+def dequantise(audio: Tensor, streams: Streams) -> Tensor:
     """Add uniform noise of one 16-bit step, centred on zero, so that a continuous density fits 16-bit audio."""
-    noise = torch.rand(audio.shape, generator=generator, device=generator.device).to(audio.device) - 0.5
-    return audio + noise / PCM16_STEPS
+    noise = each(streams, lambda stream: torch.rand(audio.shape[1:], generator=stream)) - 0.5
+    return audio + noise.to(audio.device) / PCM16_STEPS
+
+
+def each(streams: Streams, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+    """What is drawn from each stream, stacked (B, ...)."""
+    return torch.stack([draw(stream) for stream in streams])
 
 
 def random_stream(*entropy: int) -> torch.Generator:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from wavedistill.audio import mel_filters
 from wavedistill.config import Recipe
-from wavedistill.data import Batch, dequantise
+from wavedistill.data import Batch, Streams, dequantise, each
 from wavedistill.flows import Base, Conditionals
 from wavedistill.losses import (
     closed_kl,
@@ -34,24 +34,24 @@ class Distillation:
         self.n_ffts = recipe.student.spectral_n_ffts
         self.filters = log_mel_filters(recipe, next(teacher.parameters()).device) if self.loss.log_mel else {}
 
-    def terms(self, student: WaveformModel, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """The mean of each term that has a weight, and of the KL; all randomness comes from the generator."""
+    def terms(self, student: WaveformModel, batch: Batch, streams: Streams) -> dict[str, Tensor]:
+        """The mean of each term that has a weight, and of the KL; all randomness comes from the items' streams."""
         weights = self.loss
         q, p = (model.residual(batch.mel) for model in (student, self.teacher))
-        noise = _noise(q.base, tuple(batch.audio.shape), batch.audio, generator)
+        noise = _noise(q.base, (batch.audio.shape[1],), batch.audio, streams)
         residual, q_steps = q.rsample_and_conditionals(noise)
         p_steps = p.conditionals(residual)
 
-        found = {"kl": self._kl(q_steps, p_steps, residual, generator)}
+        found = {"kl": self._kl(q_steps, p_steps, residual, streams)}
         if weights.log_scale:
             found["log_scale"] = log_scale_distance(q_steps, p_steps)
         if weights.contrastive:
             other = self.teacher.residual(batch.mel.roll(batch.mel.shape[-1] // 2, -1))
-            found["contrastive"] = -self._kl(q_steps, other.conditionals(residual), residual, generator)
+            found["contrastive"] = -self._kl(q_steps, other.conditionals(residual), residual, streams)
         if weights.z_reconstruction:
             found["z_reconstruction"] = (p_steps.noise(residual) - noise).square()
         if weights.x_reconstruction:
-            recorded, _ = self.teacher.analyse(dequantise(batch.with_margins, generator), batch.mel)
+            recorded, _ = self.teacher.analyse(dequantise(batch.with_margins, streams), batch.mel)
             rebuilt, _ = q.transform(p.conditionals(recorded).noise(recorded), q.context)
             found["x_reconstruction"] = (rebuilt - recorded).square()
         if weights.spectral or weights.log_mel:
@@ -62,13 +62,14 @@ class Distillation:
                 found["log_mel"] = log_mel_distance(x, batch.audio, self.filters)
         return {name: term.mean() for name, term in found.items()}
 
-    def _kl(self, q: Conditionals, p: Conditionals, x: Tensor, generator: torch.Generator) -> Tensor:
+    def _kl(self, q: Conditionals, p: Conditionals, x: Tensor, streams: Streams) -> Tensor:
         """Terms (B, T) of the recipe's estimate of the KL of q from p, given q's sample x (B, T)."""
         match self.loss.kl_estimator:
             case "mc":
                 return q.log_prob(x) - p.log_prob(x)
             case "mc-k":
-                return cross_entropy_kl(q, p, _noise(q.base, (self.loss.kl_draws, *x.shape), x, generator))
+                noise = _noise(q.base, (self.loss.kl_draws, x.shape[1]), x, streams)  # (B, k, T)
+                return cross_entropy_kl(q, p, noise.transpose(0, 1))
             case "closed":
                 return closed_kl(q, p)
 
@@ -82,5 +83,6 @@ def log_mel_filters(recipe: Recipe, device: torch.device) -> dict[int, Tensor]:
     return filters
 
 
-def _noise(base: Base, shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
-    return base.noise(shape, generator).to(like)
+def _noise(base: Base, shape: tuple[int, ...], like: Tensor, streams: Streams) -> Tensor:
+    """Noise (B, *shape)."""
+    return each(streams, lambda stream: base.noise(shape, stream)).to(like)

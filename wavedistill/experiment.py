@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from filelock import FileLock, Timeout
 from wavedistill.checkpoint import MODEL_FILE, Kind, load_model
 from wavedistill.config import Recipe
 from wavedistill.data import Manifest
+from wavedistill.engine import launch
 from wavedistill.errors import CheckpointError, CorpusError, UserError
 from wavedistill.models import WaveformModel
 
@@ -111,6 +113,7 @@ class Stage:
         inputs: the files it reads.
         outputs: the files whose presence shows that it is done.
         run: does the work and returns one line of result.
+        shared: whether several processes may do it together.
     """
 
     name: str
@@ -120,26 +123,56 @@ class Stage:
     inputs: Callable[[Experiment], Iterable[Path]]
     outputs: Callable[[Experiment], Iterable[Path]]
     run: Callable[[Experiment], str]
+    shared: bool = False
 
 
 def run_stage(stage: Stage, experiment: Experiment) -> str:
     """Run a stage unless its inputs and settings are those of its last run; returns one line that says what happened.
 
+    Of several processes, the first decides for all.
+
     Raises:
-        UserError: if a stage before it has not finished, its files are gone, or another process works in the folder.
+        UserError: if a stage before it has not finished, its files are gone, another process works in the folder, or
+            several processes were started for a stage that one does alone.
     """
-    experiment.root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(experiment.root / ".lock")  # which the system takes back from a process that dies
+    fabric = launch(experiment.device)
+    with _lock(experiment.root) if fabric.is_global_zero else nullcontext():
+        needed = fabric.broadcast(_needed(stage, experiment) if fabric.is_global_zero else None)
+        if needed is None:
+            return f"{stage.name}: up to date"
+        if fabric.world_size > 1 and not stage.shared:
+            raise UserError(
+                f"{experiment.root}: run the {stage.name} stage without torchrun: one process does it alone"
+            )
+        stamp = _stamp(experiment, stage.name)
+        if fabric.is_global_zero:
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            # From here until it ends, the stage's files are those of no settings at all.
+            stamp.unlink(missing_ok=True)
+        result = stage.run(experiment)
+        if fabric.is_global_zero:
+            stamp.write_text(needed)
+        return f"{stage.name}: {result}"
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")  # which the system takes back from a process that dies
     try:
-        with lock.acquire(timeout=0):
-            return _run_stage(stage, experiment)
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(
-            f"{experiment.root}: another process is at work in this folder: wait for it, or give another --exp"
+            f"{folder}: another process is at work in this folder: wait for it, or give another --exp"
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _run_stage(stage: Stage, experiment: Experiment) -> str:
+def _needed(stage: Stage, experiment: Experiment) -> str | None:
+    """The fingerprint of what a stage is to be run on; None if it was."""
     for name in stage.needs:
         if not _stamp(experiment, name).exists():
             raise UserError(
@@ -150,14 +183,8 @@ def _run_stage(stage: Stage, experiment: Experiment) -> str:
             raise UserError(f"{path}: missing, and the {stage.name} stage needs it: run the stages before it again")
     now = fingerprint(stage.settings(experiment), stage.inputs(experiment))
     stamp = _stamp(experiment, stage.name)
-    if stamp.is_file() and stamp.read_text() == now and all(path.exists() for path in stage.outputs(experiment)):
-        return f"{stage.name}: up to date"
-    stamp.parent.mkdir(parents=True, exist_ok=True)
-    # From here until it ends, the stage's files are those of no settings at all.
-    stamp.unlink(missing_ok=True)
-    result = stage.run(experiment)
-    stamp.write_text(now)
-    return f"{stage.name}: {result}"
+    done = stamp.is_file() and stamp.read_text() == now and all(path.exists() for path in stage.outputs(experiment))
+    return None if done else now
 
 
 def _architecture(recipe: Recipe) -> dict[str, Any]:

@@ -60,7 +60,8 @@ class LinearPrediction(Transform):
         frames = math.ceil(length / self.hop_length)
         past = F.pad(x, (order, frames * self.hop_length - length)).unfold(1, order, 1)  # row t: x_{t-K} ... x_{t-1}
         blocks = past[:, : frames * self.hop_length].unflatten(1, (frames, self.hop_length))  # (B, F, hop, K)
-        predicted = torch.einsum("bfhk,bfk->bfh", blocks, coefficients[:, :frames].flip(-1)).flatten(1)[:, :length]
+        with torch.autocast(x.device.type, enabled=False):
+            predicted = torch.einsum("bfhk,bfk->bfh", blocks, coefficients[:, :frames].flip(-1)).flatten(1)[:, :length]
         log_gain = self._per_sample(log_gain, length)
         return (x - predicted) * (-log_gain).exp(), -log_gain
 

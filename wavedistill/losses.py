@@ -120,8 +120,10 @@ def log_mel_distance(x: Tensor, y: Tensor, filters: Mapping[int, Tensor]) -> Ten
     distances = []
     for n_fft, filterbank in filters.items():
         silence = SILENCE * _noise_magnitude(n_fft) * filterbank.sum(0)[:, None]
-        log_x, log_y = ((filterbank.T @ _magnitude(audio, n_fft)).clamp_min(silence).log() for audio in (x, y))
-        distances.append((log_x - log_y).abs().mean((1, 2)))
+        with torch.autocast(x.device.type, enabled=False):
+            bands_x, bands_y = (filterbank.T @ _magnitude(audio, n_fft) for audio in (x, y))
+        difference = bands_x.clamp_min(silence).log() - bands_y.clamp_min(silence).log()
+        distances.append(difference.abs().mean((1, 2)))
     return torch.stack(distances).mean(0)
 
 

@@ -144,5 +144,5 @@ class PitchPredictor(nn.Module):
 
     def _logits(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """Of voicing (B, F), and of bins (B, BINS, F)."""
-        logits = self.layers(normalise_log_mel(mel))
+        logits = self.layers(normalise_log_mel(mel)).to(mel.dtype)  # lower under autocast
         return logits[:, 0], logits[:, 1:]

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from wavedistill.checkpoint import Kind
 from wavedistill.config import Recipe, Training
-from wavedistill.data import Batch, dequantise, random_stream
+from wavedistill.data import Batch, Streams, dequantise, random_stream
 from wavedistill.distillation import Distillation
 from wavedistill.models import WaveformModel
 from wavedistill.sampling import sample
@@ -23,7 +22,8 @@ class Task(NamedTuple):
     Attributes:
         kind: the model that is trained.
         settings: of the optimisation.
-        terms: the named scalar terms of the loss of a model for a batch; all randomness comes from the generator.
+        terms: the named scalar terms of the loss of a model for a batch; all randomness comes from the streams of
+            its items.
         weights: of the terms in the objective, which also decides which weights are kept.
         sample: draws audio (B, T) from a model, with the conditioning of a batch, for the log.
         given: weights of the model, by name, that are known and stay as they are.
@@ -31,7 +31,7 @@ class Task(NamedTuple):
 
     kind: Kind
     settings: Training
-    terms: Callable[[WaveformModel, Batch, torch.Generator], Mapping[str, Tensor]]
+    terms: Callable[[WaveformModel, Batch, Streams], Mapping[str, Tensor]]
     weights: Mapping[str, float]
     sample: Callable[[WaveformModel, Batch], Tensor]
     given: Mapping[str, Tensor] = {}
@@ -40,8 +40,8 @@ class Task(NamedTuple):
 def teacher_task(recipe: Recipe) -> Task:
     """Maximum likelihood; beside it, the predictor of F0 learns from F0 tracked in the recordings."""
 
-    def terms(model: WaveformModel, batch: Batch, generator: torch.Generator) -> Mapping[str, Tensor]:
-        residual, ladj = model.analyse(dequantise(batch.with_margins, generator), batch.mel)
+    def terms(model: WaveformModel, batch: Batch, streams: Streams) -> Mapping[str, Tensor]:
+        residual, ladj = model.analyse(dequantise(batch.with_margins, streams), batch.mel)
         log_prob = model.residual(batch.mel, batch.f0).log_prob_steps(residual) + ladj
         found = {"nll": -log_prob.mean()}
         if model.pitch is not None:

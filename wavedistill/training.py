@@ -5,24 +5,28 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from wavedistill import checkpoint
 from wavedistill.audio import LOG_MEL_FLOOR
 from wavedistill.config import Recipe, Training
-from wavedistill.data import Manifest, Segments, random_stream
-from wavedistill.errors import CheckpointError, TrainingError
+from wavedistill.data import Batch, Manifest, Segments, Streams, random_stream
+from wavedistill.engine import launch, tensorboard
+from wavedistill.errors import CheckpointError, RecipeError, TrainingError
 from wavedistill.models import WaveformModel, build, compile_networks
 from wavedistill.progress import note, progress
 from wavedistill.tasks import Task
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
 LOG_EVERY = 20
 """Steps between two scalars of the log."""
@@ -54,8 +58,9 @@ def fit(
 ) -> Outcome:
     """Train a model, or go on where an earlier call was interrupted, and keep the weights that validate best.
 
-    Every random number of a step is a function of the recipe's seed and the step, so that a training that was
-    interrupted and resumed ends with the same weights as one that was not.
+    Every random number is a function of the recipe's seed, the step and the place in the batch: a training that was
+    interrupted and resumed ends with the same weights as one that was not, and one by several processes, each of which
+    computes its share of every batch, with those of a single one, but for rounding. The first of them writes files.
 
     Terms without a weight are learnt too, but have no part in the objective: a model's own predictor of F0 learns
     beside it, from a term `pitch`. A step whose gradient is not finite changes nothing, and is counted.
@@ -67,36 +72,39 @@ def fit(
         recipe: the experiment; stored in the checkpoint.
         folder: where the model to use, the states to resume from and TensorBoard logs go.
         fingerprint: of all that the trajectory depends on; only a state with the same one is resumed.
-        device: where to compute.
+        device: where to compute; each of several processes has one of its kind.
 
     Raises:
         TrainingError: if the loss is not finite for long, or the training is interrupted.
+        RecipeError: if the batch cannot be shared out evenly.
         CorpusError: if no utterance is as long as a segment.
         CheckpointError: if every state of the earlier call is damaged, or none can be written.
     """
-    settings, batches = task.settings, Batches(task, manifest, audio_folder, recipe, device)
-    learner = Learner(task, recipe, device)
-    model, average = learner.model, learner.average
-    state = State(model, average, learner.optimizer, fingerprint)
+    settings, fabric = task.settings, launch(device)
+    batches = Batches(task, manifest, audio_folder, recipe, fabric)
+    learner = Learner(task, recipe, fabric)
+    state = State(learner, fingerprint)
     state.restore(folder, settings.steps)
     if settings.compile:
-        compile_networks(model)
+        compile_networks(learner.model)
     started, first_step = time.monotonic(), state.step
+    log = tensorboard(folder, state.step)
 
     def validate() -> None:
-        values = batches.validate(average)
+        values = batches.validate(learner.average)
         if not all(map(math.isfinite, values.values())):
             raise _diverged(f"the validation loss is not finite at step {state.step} ({values})", task, folder)
-        state.keep_best(values, task, recipe, folder, writer)
+        log.log_metrics({f"valid/{name}": value for name, value in values.items()}, state.step)
+        state.keep_best(values, task, recipe, folder)
 
     with (
-        SummaryWriter(folder / "tensorboard", purge_step=state.step + 1 if state.step else 0) as writer,
         stop_signals() as stopped,
         progress(
             desc=f"{task.kind} (resumed)" if state.step else task.kind,
             total=settings.steps,
             initial=state.step,
             unit="step",
+            disable=not fabric.is_global_zero,
         ) as bar,
     ):
         if state.best_step is None:
@@ -104,43 +112,36 @@ def fit(
             validate()
             state.save(folder)
         while state.step < settings.steps:
-            terms = batches.terms(model, state.step)
-            norm = learner.step(terms, state.step)
-            state.step += 1
+            terms, norm = learner.step(batches.of_step(state.step), state.step)
+            state.count(norm)
             bar.update()
-
             if not math.isfinite(norm):
-                state.skipped += 1
-                state.skipped_in_a_row += 1
-                writer.add_scalar("train/skipped_steps", state.skipped, state.step)
+                log.log_metrics({"train/skipped_steps": state.skipped}, state.step)
                 if state.skipped_in_a_row >= MOST_SKIPPED:
                     raise _diverged(
                         f"the gradient was not finite {MOST_SKIPPED} steps in a row, up to step {state.step}",
                         task,
                         folder,
                     )
-            else:
-                state.skipped_in_a_row = 0
-            if state.step % LOG_EVERY == 0 and math.isfinite(norm):
-                values = {name: term.item() for name, term in terms.items()}
+            elif state.step % LOG_EVERY == 0:
+                values = mean_over_processes(fabric, [terms])
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-                for name, value in {
-                    **values,
-                    "gradient_norm": norm,
-                    "parameter_norm": learner.parameter_norm(),
-                }.items():
-                    writer.add_scalar(f"train/{name}", value, state.step)
+                norms = {"gradient_norm": norm, "parameter_norm": learner.parameter_norm()}
+                log.log_metrics({f"train/{name}": value for name, value in {**values, **norms}.items()}, state.step)
             if state.step % settings.validate_every == 0 or state.step == settings.steps:
                 validate()
-                batches.preview(average, writer, state.step)
+                if fabric.is_global_zero:
+                    batches.preview(learner.average, log, state.step)
                 state.save(folder)
-            if stopped():
+            # A signal may reach one process sooner than another: they stop after the same step.
+            if fabric.strategy.reduce_boolean_decision(stopped(), all=False):
                 state.save(folder)
                 raise TrainingError(
                     f"{task.kind}: interrupted at step {state.step}; run the same command again to go on"
                 )
         seconds = time.monotonic() - started
-        writer.add_scalar("train/steps_per_second", (state.step - first_step) / seconds, state.step)
+        log.log_metrics({"train/steps_per_second": (state.step - first_step) / seconds}, state.step)
+        log.finalize("success")
     assert state.best_step is not None
     return Outcome(state.best_step, state.best_valid, seconds)
 
@@ -148,88 +149,137 @@ def fit(
 class Learner:
     """A model, the moving average of its weights, and the optimizer of those that are not given."""
 
-    def __init__(self, task: Task, recipe: Recipe, device: torch.device) -> None:
-        self.task, self.model = task, build(task.kind, recipe, recipe.seed).to(device)
+    def __init__(self, task: Task, recipe: Recipe, fabric: "Fabric") -> None:
+        self.task, self.fabric = task, fabric
+        self.model = build(task.kind, recipe, recipe.seed).to(fabric.device)
         self.model.load_state_dict(task.given, strict=False)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in task.given)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         learnt = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        self.optimizer = torch.optim.Adam(
-            learnt.values(), lr=task.settings.learning_rate, betas=(0.9, 0.99), fused=True
-        )
+        optimizer = torch.optim.Adam(learnt.values(), lr=task.settings.learning_rate, betas=(0.9, 0.99), fused=True)
+        self._terms, self.optimizer = fabric.setup(_Terms(task, self.model), optimizer)
         # Clipped apart, so that the predictor of F0 leaves the density's steps alone.
         self._predictor = [parameter for name, parameter in learnt.items() if name.startswith("pitch.")]
         self._density = [parameter for name, parameter in learnt.items() if not name.startswith("pitch.")]
 
-    def step(self, terms: Mapping[str, Tensor], step: int) -> float:
-        """Follow the gradient of the terms of one step, unless it is not finite; returns its norm, before clipping."""
+    def step(self, parts: Iterable[tuple[Batch, Streams]], step: int) -> tuple[dict[str, Tensor], float]:
+        """Follow the gradient of a batch, unless it is not finite.
+
+        Args:
+            parts: of the batch, for this process, one for each share of memory.
+            step: the number of steps before.
+
+        Returns:
+            The mean terms of this process, and the norm of the gradient before clipping, NaN where it is not finite.
+        """
         settings = self.task.settings
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
-        unweighted = [term for name, term in terms.items() if name not in self.task.weights]
         self.optimizer.zero_grad(set_to_none=True)
-        (objective(terms, self.task.weights) + sum(unweighted)).backward()
+        found: dict[str, Tensor] = {}
+        for number, (batch, streams) in enumerate(parts, 1):
+            with self.fabric.no_backward_sync(self._terms, enabled=number < settings.accumulate):
+                terms = {name: term / settings.accumulate for name, term in self._terms(batch, streams).items()}
+                unweighted = [term for name, term in terms.items() if name not in self.task.weights]
+                self.fabric.backward(objective(terms, self.task.weights) + sum(unweighted))
+            found = {name: term.detach() + found.get(name, 0) for name, term in terms.items()}
         norm, predictor_norm = (
             float(nn.utils.clip_grad_norm_(parameters, settings.grad_clip))
             for parameters in (self._density, self._predictor)
         )
         if not math.isfinite(norm + predictor_norm):
-            return math.nan
+            return found, math.nan
         self.optimizer.step()
         update_average(self.average, self.model, settings.ema_decay, step + 1)
-        return norm
+        return found, norm
 
     def parameter_norm(self) -> float:
         """The norm of all learnt weights."""
         return float(nn.utils.get_total_norm([*self._density, *self._predictor]))
 
 
-class Batches:
-    """The data of one training, as terms of the loss: each a function of the recipe's seed and a number alone."""
+class _Terms(nn.Module):
+    """The loss as the forward pass of a module, which is what an engine makes parallel.
 
-    def __init__(
-        self, task: Task, manifest: Manifest, audio_folder: Path, recipe: Recipe, device: torch.device
-    ) -> None:
-        self.task, self.recipe = task, recipe
+    Reduced precision is torch's autocast, not the engine's, which would round the data too.
+    """
+
+    def __init__(self, task: Task, model: WaveformModel) -> None:
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, batch: Batch, streams: Streams) -> Mapping[str, Tensor]:
+        lowered = self.task.settings.precision == "bf16-mixed"
+        with torch.autocast(batch.audio.device.type, torch.bfloat16, enabled=lowered):
+            return self.task.terms(self.model, batch, streams)
+
+
+class Batches:
+    """The data of one training, of which each process draws its share, in parts that fit into memory.
+
+    Every item and its noise are a function of the recipe's seed and the item's number alone.
+
+    Raises:
+        RecipeError: if the batch cannot be shared out evenly.
+    """
+
+    def __init__(self, task: Task, manifest: Manifest, audio_folder: Path, recipe: Recipe, fabric: "Fabric") -> None:
+        self.task, self.recipe, self.fabric = task, recipe, fabric
+        settings, shares = task.settings, fabric.world_size * task.settings.accumulate
+        if settings.batch_size % shares:
+            raise RecipeError(
+                f"{task.kind}.training.batch_size = {settings.batch_size}: cannot be shared out evenly over "
+                f"{fabric.world_size} processes x accumulate = {settings.accumulate}; for instance batch_size = "
+                f"{math.ceil(settings.batch_size / shares) * shares}"
+            )
         self.train, self.valid = (
             Segments(
                 manifest,
                 audio_folder,
                 split,
-                frames=task.settings.segment_frames,
+                frames=settings.segment_frames,
                 context=recipe.conditioning.context,
-                device=device,
+                device=fabric.device,
             )
             for split in ("train", "valid")
         )
 
-    def terms(self, model: WaveformModel, step: int) -> Mapping[str, Tensor]:
-        """The terms of a training step."""
-        return self._terms(model, self.train, random_stream(self.recipe.seed, TRAIN, step))
+    def of_step(self, step: int) -> Iterator[tuple[Batch, Streams]]:
+        """The parts of a training step's batch."""
+        return self._parts(self.train, TRAIN, step)
 
     @torch.no_grad()
     def validate(self, model: WaveformModel) -> dict[str, float]:
         """Mean terms over the same segments and the same noise each time."""
-        count = self.task.settings.validate_batches
-        sums: dict[str, float] = {}
-        for i in range(count):
-            for name, term in self._terms(model, self.valid, random_stream(self.recipe.seed, VALID, i)).items():
-                sums[name] = sums.get(name, 0.0) + term.item() / count
-        return sums
+        return mean_over_processes(
+            self.fabric,
+            [
+                self.task.terms(model, *part)
+                for number in range(self.task.settings.validate_batches)
+                for part in self._parts(self.valid, VALID, number)
+            ],
+        )
 
     @torch.no_grad()
-    def preview(self, model: WaveformModel, writer: SummaryWriter, step: int) -> None:
+    def preview(self, model: WaveformModel, log: "TensorBoardLogger", step: int) -> None:
         """Log audio and log-mel of one validation segment, as recorded and as the model draws it."""
-        batch = self.valid.draw(1, random_stream(self.recipe.seed, VALID, 0))
+        batch = self.valid.draw(self._streams(VALID, 0, range(1)))
         for name, wave in (("recorded", batch.audio), ("drawn", self.task.sample(model, batch))):
-            writer.add_audio(name, wave[0].clamp(-1, 1), step, self.recipe.audio.sample_rate)
+            log.experiment.add_audio(name, wave[0].clamp(-1, 1), step, self.recipe.audio.sample_rate)
             picture = self.valid.log_mel.of_file(wave)[0].flip(0) / -LOG_MEL_FLOOR + 1
-            writer.add_image(f"log-mel {name}", picture.clamp(0, 1), step, dataformats="HW")
+            log.experiment.add_image(f"log-mel {name}", picture.clamp(0, 1), step, dataformats="HW")
 
-    def _terms(self, model: WaveformModel, segments: Segments, generator: torch.Generator) -> Mapping[str, Tensor]:
-        batch = segments.draw(self.task.settings.batch_size, generator)
-        return self.task.terms(model, batch, generator)
+    def _parts(self, segments: Segments, purpose: int, number: int) -> Iterator[tuple[Batch, Streams]]:
+        settings, processes = self.task.settings, self.fabric.world_size
+        size = settings.batch_size // (processes * settings.accumulate)
+        for part in range(settings.accumulate):
+            first = (part * processes + self.fabric.global_rank) * size
+            streams = self._streams(purpose, number, range(first, first + size))
+            yield segments.draw(streams), streams
+
+    def _streams(self, purpose: int, number: int, items: range) -> Streams:
+        return [random_stream(self.recipe.seed, purpose, number, item) for item in items]
 
 
 class State:
@@ -237,36 +287,38 @@ class State:
 
     COUNTS = ("step", "skipped", "skipped_in_a_row")
 
-    def __init__(
-        self, model: WaveformModel, average: WaveformModel, optimizer: torch.optim.Optimizer, fingerprint: str
-    ) -> None:
-        self.model, self.average, self.optimizer, self.fingerprint = model, average, optimizer, fingerprint
+    def __init__(self, learner: Learner, fingerprint: str) -> None:
+        self.learner, self.fabric, self.fingerprint = learner, learner.fabric, fingerprint
         self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
         self.best_step: int | None = None
         self.best_objective = math.inf
         self.best_valid: dict[str, float] = {}
 
-    def keep_best(
-        self, valid: dict[str, float], task: Task, recipe: Recipe, folder: Path, writer: SummaryWriter
-    ) -> None:
-        """Log validation terms; write the averaged weights as the model to use if they are the best so far."""
-        for name, value in valid.items():
-            writer.add_scalar(f"valid/{name}", value, self.step)
+    def count(self, norm: float) -> None:
+        """Count a step, and whether it was skipped because the norm of its gradient is not finite."""
+        self.step += 1
+        self.skipped += not math.isfinite(norm)
+        self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
+
+    def keep_best(self, valid: dict[str, float], task: Task, recipe: Recipe, folder: Path) -> None:
+        """Write the averaged weights as the model to use if their validation terms are the best so far."""
         total = sum(weight * valid[name] for name, weight in task.weights.items() if weight)
         if total < self.best_objective:
             self.best_step, self.best_objective, self.best_valid = self.step, total, valid
-            checkpoint.save_model(
-                folder / checkpoint.MODEL_FILE, task.kind, recipe, self.step, self.average.state_dict()
-            )
+            if self.fabric.is_global_zero:
+                weights = self.learner.average.state_dict()
+                checkpoint.save_model(folder / checkpoint.MODEL_FILE, task.kind, recipe, self.step, weights)
 
     def save(self, folder: Path) -> None:
         """Write the state, whole or not at all, and delete the oldest."""
+        if not self.fabric.is_global_zero:
+            return
         tensors = {
-            **{f"model.{name}": value for name, value in self.model.state_dict().items()},
-            **{f"average.{name}": value for name, value in self.average.state_dict().items()},
+            **{f"model.{name}": value for name, value in self.learner.model.state_dict().items()},
+            **{f"average.{name}": value for name, value in self.learner.average.state_dict().items()},
             **{
                 f"optimizer.{index}.{name}": value
-                for index, values in self.optimizer.state_dict()["state"].items()
+                for index, values in self.learner.optimizer.state_dict()["state"].items()
                 for name, value in values.items()
             },
         }
@@ -278,11 +330,33 @@ class State:
 
     def restore(self, folder: Path, steps: int) -> None:
         """Take up the state in a folder; a folder of another training, or one beyond `steps`, is set aside."""
+        tensors, header = self.fabric.broadcast(self._saved(folder, steps) if self.fabric.is_global_zero else ({}, {}))
+        if not header:
+            return
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            parts[part][name] = value
+        self.learner.model.load_state_dict(parts["model"])
+        self.learner.average.load_state_dict(parts["average"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in parts["optimizer"].items():
+            index, _, name = key.partition(".")
+            moments.setdefault(int(index), {})[name] = value
+        optimizer = self.learner.optimizer
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        for name in self.COUNTS:
+            setattr(self, name, header[name])
+        if header["best"]:
+            self.best_step, self.best_objective, self.best_valid = header["best"]
+
+    def _saved(self, folder: Path, steps: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The state to go on from, empty for none."""
         for partial in folder.glob("*.partial"):  # of a process that died
             partial.unlink()
         states, model = saved_states(folder), folder / checkpoint.MODEL_FILE
         if not states and not model.exists():
-            return
+            return {}, {}
         tensors, header = _last_readable(states) if states else ({}, {})
         if (
             header.get("fingerprint") != self.fingerprint
@@ -291,22 +365,15 @@ class State:
         ):
             kept = checkpoint.set_aside(folder)
             note(f"{folder}: holds a training with other settings or data, or only a part of one; kept as {kept}")
-            return
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            part, _, name = key.partition(".")
-            parts[part][name] = value
-        self.model.load_state_dict(parts["model"])
-        self.average.load_state_dict(parts["average"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in parts["optimizer"].items():
-            index, _, name = key.partition(".")
-            moments.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        for name in self.COUNTS:
-            setattr(self, name, header[name])
-        if header["best"]:
-            self.best_step, self.best_objective, self.best_valid = header["best"]
+            return {}, {}
+        return tensors, header
+
+
+def mean_over_processes(fabric: "Fabric", terms: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The mean of named terms, over a sequence of them and over all processes."""
+    names = list(terms[0])
+    means = torch.stack([torch.stack([found[name] for name in names]).double() for found in terms]).mean(0)
+    return dict(zip(names, cast(Tensor, fabric.all_reduce(means, reduce_op="mean")).tolist(), strict=True))
 
 
 def saved_states(folder: Path) -> list[Path]:

@@ -164,7 +164,7 @@ class WaveNet(nn.Module):
             inputs = torch.cat([inputs, beside.transpose(0, 1)], -1)
         h = self.input(inputs).flatten(0, 1)  # (T * B, C)
         context = self.project(features)
-        skip = h.new_zeros(())
+        skip = x.new_zeros(1, 1)  # under autocast, sums stay as precise as x
         for i, dilation in enumerate(self.dilations):
             past = (self.kernel_size - 1) * dilation
             if state is None:
@@ -224,7 +224,7 @@ class WaveNet(nn.Module):
         first, *others = gates.weight.split(self.channels, 1)
         y = F.linear(taps[0], first, gates.bias)
         for tap, weight in zip(taps[1:], others, strict=True):
-            y.addmm_(tap, weight.t())
+            y.addmm_(tap, weight.t().to(y.dtype))  # in place, so autocast leaves it to us
         return y
 
     def _layer(self, i: int, y: Tensor, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,4 +239,5 @@ class WaveNet(nn.Module):
 
     def _head(self, skip: Tensor) -> Tensor:
         scaled = skip * len(self.gates) ** -0.5
-        return self.head(F.relu(self.hidden(F.relu(scaled))))
+        with torch.autocast(skip.device.type, enabled=False):  # a density is no more precise than its parameters
+            return self.head(F.relu(self.hidden(F.relu(scaled))))

@@ -23,6 +23,7 @@ from wavedistill.audio import LogMel
 from wavedistill.checkpoint import Kind
 from wavedistill.config import Recipe
 from wavedistill.data import random_stream, read_samples
+from wavedistill.engine import launch
 from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import Autoregressive
 from wavedistill.memory import keep_freed_memory
@@ -219,19 +220,20 @@ def measure_training(experiment: Experiment, kind: Kind, threads: int) -> dict[s
             compile_networks(teacher)
         task = student_task(recipe, teacher)
     settings = task.settings
-    batches = Batches(task, experiment.corpus(), experiment.audio, recipe, device)
-    learner = Learner(task, recipe, device)
+    fabric = launch(device)
+    batches = Batches(task, experiment.corpus(), experiment.audio, recipe, fabric)
+    learner = Learner(task, recipe, fabric)
     flops += 3 * learner.model.flops_per_sample
     if settings.compile:
         compile_networks(learner.model)
 
     def step(number: int) -> None:
-        learner.step(batches.terms(learner.model, number), number)
+        learner.step(batches.of_step(number), number)
 
     setup = sum(_seconds(functools.partial(step, number), device) for number in range(TRAIN_WARMUP))
     seconds = [_seconds(functools.partial(step, number), device) for number in range(TRAIN_STEPS)]
     loading = [
-        _seconds(functools.partial(batches.train.draw, settings.batch_size, random_stream(number)), device)
+        _seconds(functools.partial(lambda number: list(batches.of_step(number)), number), device)
         for number in range(TRAIN_STEPS)
     ]
     peak = _peak(device)
@@ -244,6 +246,7 @@ def measure_training(experiment: Experiment, kind: Kind, threads: int) -> dict[s
         "threads": threads,
         "batch_size": settings.batch_size,
         "compiled": settings.compile,
+        "precision": settings.precision,
         "seconds_median": median,
         "seconds_all": seconds,
         "samples_per_second": speed,

@@ -99,7 +99,7 @@ def densities(
     values: dict[str, list[float]] = {}
     for i, clip in enumerate(progress(iterable=clips, desc="densities", unit="clip")):
         mel = mels[i]
-        noisy = dequantise(clip[None].to(device), random_stream(recipe.seed, DEQUANTISE, i))
+        noisy = dequantise(clip[None].to(device), [random_stream(recipe.seed, DEQUANTISE, i)])
         repeats = -(-mel.shape[-1] // mels[i - 1].shape[-1])
         # The only clip of its split gets its own, half a clip away.
         away = mel.shape[-1] // 2 if len(clips) == 1 else 0

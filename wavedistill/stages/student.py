@@ -48,4 +48,5 @@ stage = Stage(
     inputs=inputs,
     outputs=lambda experiment: [experiment.checkpoint("student")],
     run=run,
+    shared=True,
 )

@@ -36,4 +36,5 @@ stage = Stage(
     inputs=lambda experiment: [experiment.manifest],
     outputs=lambda experiment: [experiment.checkpoint("teacher")],
     run=run,
+    shared=True,
 )

@@ -1,0 +1,158 @@
+"""Several processes train as one does: true ones, started by `torchrun`, on one machine and as two nodes."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import RECIPES, REPOSITORY, write_voice
+from wavedistill import checkpoint
+from wavedistill.config import Recipe
+from wavedistill.data import Manifest
+from wavedistill.engine import launch
+from wavedistill.errors import RecipeError
+from wavedistill.tasks import teacher_task
+from wavedistill.training import Batches, saved_states
+
+STEPS = 20
+KINDS = ("teacher", "student")
+LOGS_EVERY_STEP = "import wavedistill.training as t; t.LOG_EVERY = 1; from wavedistill.cli import main; main()"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+ONE_MACHINE = ("--nproc-per-node", 2)
+
+
+class Runs:
+    """Experiments of one recipe with a batch of four, in folders of their own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        write_voice(root / "voice", 5)
+        self.script = root / "main.py"
+        self.script.write_text(LOGS_EVERY_STEP)
+        self.settings = {"corpus": f'{{kind="folder",path="{root / "voice"}"}}', "teacher.layers": 3}
+        self.settings["student.flow_layers"] = [2, 2]
+        for kind in KINDS:
+            values = {"steps": STEPS, "validate_every": 10, "validate_batches": 1, "batch_size": 4}
+            self.settings |= {f"{kind}.training.{key}": value for key, value in values.items()}
+
+    def command(self, exp: str, *words: str, **changes: Any) -> list[str]:
+        options = [f"--set={key}={value}" for key, value in {**self.settings, **changes}.items()]
+        return [str(self.script), *words, str(RECIPES / "tiny.toml"), "--exp", str(self.root / exp), *options]
+
+    def start(self, *command: object) -> "subprocess.Popen[str]":
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, env=env, **pipes)
+
+    def finish(self, *command: object) -> None:
+        process = self.start(*command)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+
+    def losses(self, exp: str, kind: str) -> dict[str, list[float]]:
+        log = EventAccumulator(str(self.root / exp / "tiny" / kind / "tensorboard"))
+        log.Reload()
+        return {
+            name: [event.value for event in log.Scalars(name)] for name in log.Tags()["scalars"] if "/s" not in name
+        }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """One process has trained both models in the folder "one", and "prepared" is its corpus."""
+    runs = Runs(tmp_path_factory.mktemp("distributed"))
+    runs.finish(sys.executable, *runs.command("prepared", "prepare"))
+    shutil.copytree(runs.root / "prepared", runs.root / "one")
+    runs.finish(sys.executable, *runs.command("one", "run", "--until", "student"))
+    return runs
+
+
+def assert_equal_losses(runs: Runs, exp: str, kind: str) -> None:
+    one, other = (runs.losses(name, kind) for name in ("one", exp))
+    assert one.keys() == other.keys()
+    assert {"valid/nll", "train/nll", "train/pitch"} <= one.keys() or {"valid/kl", "train/kl"} <= one.keys()
+    for name, values in one.items():
+        assert len(values) == (STEPS if name.startswith("train") else 3), name
+        if "norm" not in name:
+            torch.testing.assert_close(torch.tensor(other[name]), torch.tensor(values), rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_the_batch_each_have_the_losses_of_one(runs: Runs) -> None:
+    shutil.copytree(runs.root / "prepared", runs.root / "two")
+    runs.finish(*TORCHRUN, *ONE_MACHINE, *runs.command("two", "run", "--until", "student"))
+    for kind in KINDS:
+        assert_equal_losses(runs, "two", kind)
+
+
+@pytest.mark.slow
+def test_two_nodes_have_the_losses_of_one_process(runs: Runs) -> None:
+    shutil.copytree(runs.root / "prepared", runs.root / "nodes")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = [
+        runs.start(
+            *TORCHRUN,
+            *("--nnodes", 2, "--node-rank", rank, "--nproc-per-node", 1),
+            *("--master-addr", "127.0.0.1", "--master-port", port, "--local-addr", f"127.0.0.{rank + 1}"),
+            *runs.command("nodes", "teacher"),
+        )
+        for rank in range(2)
+    ]
+    for node in nodes:
+        _, errors = node.communicate()
+        assert node.returncode == 0, errors
+    assert_equal_losses(runs, "nodes", "teacher")
+
+
+@pytest.mark.slow
+def test_a_batch_in_parts_has_the_losses_of_a_whole_one(runs: Runs) -> None:
+    shutil.copytree(runs.root / "prepared", runs.root / "parts")
+    runs.finish(sys.executable, *runs.command("parts", "teacher", **{"teacher.training.accumulate": 2}))
+    assert_equal_losses(runs, "parts", "teacher")
+
+
+@pytest.mark.slow
+def test_terminated_processes_save_and_a_single_one_goes_on(runs: Runs) -> None:
+    shutil.copytree(runs.root / "prepared", runs.root / "stopped")
+    folder = runs.root / "stopped" / "tiny" / "teacher"
+    long = {"teacher.training.steps": 100_000}
+    process = runs.start(*TORCHRUN, *ONE_MACHINE, *runs.command("stopped", "teacher", **long))
+    while len(saved_states(folder)) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert "interrupted at step" in errors
+    (last, *_) = saved_states(folder)
+    step = checkpoint.load(last)[1]["step"]
+    assert step >= 10
+    runs.finish(sys.executable, *runs.command("stopped", "teacher", **{"teacher.training.steps": step + 10}))
+    assert checkpoint.load(saved_states(folder)[0])[1]["step"] == step + 10
+    assert not (folder.parent / "teacher.1").exists()
+
+
+@pytest.mark.slow
+def test_what_one_process_does_alone_is_refused_to_two(runs: Runs) -> None:
+    process = runs.start(*TORCHRUN, *ONE_MACHINE, *runs.command("alone", "prepare"))
+    _, errors = process.communicate()
+    assert process.returncode != 0
+    assert "run the prepare stage without torchrun: one process does it alone" in errors
+    assert not (runs.root / "alone" / "tiny" / "manifest.json").exists()
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(tiny: Recipe, tmp_path: Path) -> None:
+    training = tiny.teacher.training.model_copy(update={"batch_size": 3, "accumulate": 2})
+    recipe = tiny.model_copy(update={"teacher": tiny.teacher.model_copy(update={"training": training})})
+    nothing = Manifest(audio=tiny.audio, utterances=[])
+    with pytest.raises(RecipeError, match=r"teacher\.training\.batch_size = 3: cannot .* for instance batch_size = 4"):
+        Batches(teacher_task(recipe), nothing, tmp_path, recipe, launch(torch.device("cpu")))

@@ -228,6 +228,8 @@ class StudentLoss(Section):
 class Student(Section):
     """The inverse autoregressive flows that are distilled from the teacher."""
 
+    teacher: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """Import path "module:function" of a density of the user's own to distil from, in place of the recipe's teacher."""
     base: Literal["normal", "logistic"]
     flow_layers: Integers
     """Layers of each flow, from noise to waveform."""
@@ -333,6 +335,13 @@ class Recipe(Section):
             raise ValueError(
                 f"student.loss.x_reconstruction and z_reconstruction tie the noise of teacher and student: set "
                 f'student.base = "{noise}", as the teacher\'s, or both weights to 0'
+            )
+        if self.student.teacher and (
+            loss.kl_estimator != "mc" or loss.log_scale or loss.x_reconstruction or loss.z_reconstruction
+        ):
+            raise ValueError(
+                "student.teacher names a density of which log_prob alone is known: set student.loss.kl_estimator = "
+                '"mc", and log_scale, x_reconstruction and z_reconstruction to 0'
             )
         if not any(loss.model_dump(exclude={"kl_estimator", "kl_draws"}).values()):
             raise ValueError("student.loss: every weight is 0, so there is nothing to learn; set kl = 1")

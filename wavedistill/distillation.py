@@ -1,13 +1,17 @@
 """The distillation objective: what a student is told about its teacher and about the recording, as named terms."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from wavedistill.audio import mel_filters
 from wavedistill.config import Recipe
 from wavedistill.data import Batch, Streams, dequantise, each
+from wavedistill.errors import RecipeError
 from wavedistill.flows import Base, Conditionals
 from wavedistill.losses import (
+    Density,
     closed_kl,
     cross_entropy_kl,
     log_mel_distance,
@@ -17,7 +21,40 @@ from wavedistill.losses import (
 from wavedistill.models import WaveformModel
 
 
-class Distillation:
+class Teacher(Protocol):
+    """A density to distil from, known by its log_prob alone: a coupling flow, an energy, a model of another library."""
+
+    def __call__(self, mel: Tensor, /) -> Density:
+        """The density of waveforms (B, F * hop_length) given log-mel (B, n_mels, F + 2 context).
+
+        Its `log_prob` is differentiable in the waveform. Parameters of its own should not require a gradient.
+        """
+
+
+class Objective:
+    """What is common to distillation from any teacher: spectral distances of the student's waveform.
+
+    Args:
+        recipe: of the experiment.
+        device: of the batches.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self.loss = recipe.student.loss
+        self.n_ffts = recipe.student.spectral_n_ffts
+        self.filters = log_mel_filters(recipe, device) if self.loss.log_mel else {}
+
+    def spectra(self, x: Tensor, recorded: Tensor) -> dict[str, Tensor]:
+        """The terms (B,) that have a weight, for the student's waveform and the recording (B, T)."""
+        found = {}
+        if self.loss.spectral:
+            found["spectral"] = spectral_distance(x, recorded, self.n_ffts)
+        if self.loss.log_mel:
+            found["log_mel"] = log_mel_distance(x, recorded, self.filters)
+        return found
+
+
+class Distillation(Objective):
     """The terms of a recipe's `student.loss` that have a weight, for a student and a batch.
 
     Both are given the log-mel alone, as whoever uses the student has it, and predict F0 from it by the same network,
@@ -30,9 +67,8 @@ class Distillation:
     """
 
     def __init__(self, teacher: WaveformModel, recipe: Recipe) -> None:
-        self.teacher, self.loss = teacher, recipe.student.loss
-        self.n_ffts = recipe.student.spectral_n_ffts
-        self.filters = log_mel_filters(recipe, next(teacher.parameters()).device) if self.loss.log_mel else {}
+        super().__init__(recipe, next(teacher.parameters()).device)
+        self.teacher = teacher
 
     def terms(self, student: WaveformModel, batch: Batch, streams: Streams) -> dict[str, Tensor]:
         """The mean of each term that has a weight, and of the KL; all randomness comes from the items' streams."""
@@ -46,7 +82,7 @@ class Distillation:
         if weights.log_scale:
             found["log_scale"] = log_scale_distance(q_steps, p_steps)
         if weights.contrastive:
-            other = self.teacher.residual(batch.mel.roll(batch.mel.shape[-1] // 2, -1))
+            other = self.teacher.residual(_elsewhere(batch.mel))
             found["contrastive"] = -self._kl(q_steps, other.conditionals(residual), residual, streams)
         if weights.z_reconstruction:
             found["z_reconstruction"] = (p_steps.noise(residual) - noise).square()
@@ -56,10 +92,7 @@ class Distillation:
             found["x_reconstruction"] = (rebuilt - recorded).square()
         if weights.spectral or weights.log_mel:
             x, _ = student.shared(residual, student.shared_context(batch.mel))
-            if weights.spectral:
-                found["spectral"] = spectral_distance(x, batch.audio, self.n_ffts)
-            if weights.log_mel:
-                found["log_mel"] = log_mel_distance(x, batch.audio, self.filters)
+            found |= self.spectra(x, batch.audio)
         return {name: term.mean() for name, term in found.items()}
 
     def _kl(self, q: Conditionals, p: Conditionals, x: Tensor, streams: Streams) -> Tensor:
@@ -72,6 +105,53 @@ class Distillation:
                 return cross_entropy_kl(q, p, noise.transpose(0, 1))
             case "closed":
                 return closed_kl(q, p)
+
+
+class DistillationFromDensity(Objective):
+    """The same from a teacher whose log_prob alone is known: the KL from one draw, on the waveform.
+
+    The student is given F0 as it was tracked, and its own predictor of F0 learns beside it.
+
+    Args:
+        teacher: log-mel -> density.
+        recipe: of the experiment.
+        device: of the batches.
+    """
+
+    def __init__(self, teacher: Teacher, recipe: Recipe, device: torch.device) -> None:
+        super().__init__(recipe, device)
+        self.teacher = teacher
+
+    def terms(self, student: WaveformModel, batch: Batch, streams: Streams) -> dict[str, Tensor]:
+        """The mean of each term that has a weight, of the KL, and of the F0 predictor's loss.
+
+        Raises:
+            RecipeError: if the teacher's log_prob is not one number for each waveform.
+        """
+        q = student(batch.mel, batch.f0)
+        noise = _noise(q.base, (batch.audio.shape[1],), batch.audio, streams)
+        x, log_q = q.rsample_and_log_prob(noise)
+
+        def kl(p: Density) -> Tensor:
+            log_p = p.log_prob(x)
+            if log_p.shape != log_q.shape:
+                raise RecipeError(
+                    f"student.teacher: its log_prob gave shape {tuple(log_p.shape)} for waveforms {tuple(x.shape)}; it "
+                    f"must give {tuple(log_q.shape)}, the log density of each in nats"
+                )
+            return (log_q - log_p) / x.shape[1]
+
+        found = {"kl": kl(self.teacher(batch.mel)), **self.spectra(x, batch.audio)}
+        if self.loss.contrastive:
+            found["contrastive"] = -kl(self.teacher(_elsewhere(batch.mel)))
+        if student.pitch is not None:
+            found["pitch"] = student.pitch.loss(batch.mel, batch.f0)
+        return {name: term.mean() for name, term in found.items()}
+
+
+def _elsewhere(mel: Tensor) -> Tensor:
+    """The conditioning of another place."""
+    return mel.roll(mel.shape[-1] // 2, -1)
 
 
 def log_mel_filters(recipe: Recipe, device: torch.device) -> dict[int, Tensor]:

@@ -1,6 +1,7 @@
 """The folder of one experiment: where the stages leave their files, and whether these are still current."""
 
 import hashlib
+import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,8 +15,9 @@ from filelock import FileLock, Timeout
 from wavedistill.checkpoint import MODEL_FILE, Kind, load_model
 from wavedistill.config import Recipe
 from wavedistill.data import Manifest
+from wavedistill.distillation import Teacher
 from wavedistill.engine import launch
-from wavedistill.errors import CheckpointError, CorpusError, UserError
+from wavedistill.errors import CheckpointError, CorpusError, RecipeError, UserError
 from wavedistill.models import WaveformModel
 
 
@@ -46,9 +48,14 @@ class Experiment:
         return self.training(kind) / MODEL_FILE
 
     @property
+    def teacher_files(self) -> list[Path]:
+        """The trained teacher's file; none if the student is distilled from a density of the user's own."""
+        return [] if self.recipe.student.teacher else [self.checkpoint("teacher")]
+
+    @property
     def checkpoints(self) -> list[Path]:
-        """The files of both trained models."""
-        return [self.checkpoint("teacher"), self.checkpoint("student")]
+        """The files of the trained models."""
+        return [*self.teacher_files, self.checkpoint("student")]
 
     def corpus(self) -> Manifest:
         """The prepared corpus.
@@ -75,6 +82,16 @@ class Experiment:
                     f"{self.checkpoint(kind)}: its [{section}] is not the recipe's: run the {kind} stage again"
                 )
         return loaded.model
+
+    def teacher(self) -> WaveformModel | Teacher:
+        """What the student is distilled from: the trained teacher, or what the recipe's import path gives.
+
+        Raises:
+            CheckpointError: as `model`.
+            RecipeError: if nothing can be imported from there.
+        """
+        path = self.recipe.student.teacher
+        return self.model("teacher") if path is None else _imported(path)(self.recipe, self.device)
 
     @property
     def samples(self) -> Path:
@@ -187,9 +204,20 @@ def _needed(stage: Stage, experiment: Experiment) -> str | None:
     return None if done else now
 
 
+def _imported(path: str) -> Callable[[Recipe, torch.device], Teacher]:
+    """The user's function at an import path; a recipe names code, a checkpoint never brings any."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(
+            f'student.teacher = "{path}": {error}; its module must be importable, for instance with PYTHONPATH=.'
+        ) from error
+
+
 def _architecture(recipe: Recipe) -> dict[str, Any]:
     """All of a recipe but how its models are trained."""
-    how = {"training": True, "loss": True, "spectral_n_ffts": True}
+    how = {"training": True, "loss": True, "spectral_n_ffts": True, "teacher": True}
     return recipe.model_dump(exclude={"teacher": how, "student": how})
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from wavedistill.checkpoint import Kind
 from wavedistill.config import Recipe, Training
 from wavedistill.data import Batch, Streams, dequantise, random_stream
-from wavedistill.distillation import Distillation
+from wavedistill.distillation import Distillation, DistillationFromDensity, Teacher
 from wavedistill.models import WaveformModel
 from wavedistill.sampling import sample
 
@@ -59,18 +60,23 @@ def teacher_task(recipe: Recipe) -> Task:
     return Task("teacher", recipe.teacher.training, terms, {"nll": 1.0}, draw)
 
 
-def student_task(recipe: Recipe, teacher: WaveformModel) -> Task:
-    """Distillation; the student's predictor of F0 is the teacher's."""
+def student_task(recipe: Recipe, teacher: WaveformModel | Teacher, device: torch.device) -> Task:
+    """Distillation; the student's predictor of F0 is the recipe's teacher's, or learns beside it."""
 
     def draw(model: WaveformModel, batch: Batch) -> Tensor:
         noise = model.base.noise(tuple(batch.audio.shape), random_stream(recipe.seed)).to(batch.audio.device)
         return sample(model(batch.mel), noise)
 
-    predictor = {} if teacher.pitch is None else teacher.pitch.state_dict()
+    predictor: Mapping[str, Tensor] = {}
+    if isinstance(teacher, WaveformModel):
+        terms = Distillation(teacher, recipe).terms
+        predictor = {} if teacher.pitch is None else teacher.pitch.state_dict()
+    else:
+        terms = DistillationFromDensity(teacher, recipe, device).terms
     return Task(
         "student",
         recipe.student.training,
-        Distillation(teacher, recipe).terms,
+        terms,
         recipe.student.loss.model_dump(exclude={"kl_estimator", "kl_draws"}),
         draw,
         given={f"pitch.{name}": value for name, value in predictor.items()},

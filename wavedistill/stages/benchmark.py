@@ -81,14 +81,18 @@ def run_full(experiment: Experiment) -> str:
     lengths = [
         (batch, length) for batch in FULL_BATCH_SIZES for length in FULL_SECONDS if batch * length <= MOST_SECONDS
     ]
-    every = [*jobs(recipe, device, lengths), *sized_jobs(recipe, device)]
+    sized = [] if recipe.student.teacher else sized_jobs(recipe, device)
+    every = [*jobs(recipe, device, lengths), *sized]
     return _time(experiment, experiment.benchmark_of("full"), "full benchmark", every)
 
 
 def run_train(experiment: Experiment) -> str:
     """Write `benchmark_train.json`, the pace of both trainings; returns a line of result."""
     each: list[tuple[Kind, int]] = [
-        (k, n) for n in _threads(experiment.recipe, experiment.device) for k in get_args(Kind)
+        (kind, threads)
+        for threads in _threads(experiment.recipe, experiment.device)
+        for kind in get_args(Kind)
+        if kind == "student" or not experiment.recipe.student.teacher
     ]
     rows = [_alone(measure_training, experiment, *job) for job in progress(iterable=each, desc="training", unit="row")]
     summary = [
@@ -130,7 +134,8 @@ def jobs(recipe: Recipe, device: torch.device, lengths: Iterable[tuple[int, floa
                 found.append(Job("teacher", sequential, threads, batch_size, samples))
             found.append(Job("student", "parallel", threads, batch_size, samples))
             found.append(Job("student", "streamed", threads, batch_size, samples))
-    return found
+    # There is no sampler of a density of the user's own.
+    return [job for job in found if job.model == "student" or not recipe.student.teacher]
 
 
 def sized_jobs(recipe: Recipe, device: torch.device) -> list[Job]:
@@ -206,7 +211,7 @@ def measure_training(experiment: Experiment, kind: Kind, threads: int) -> dict[s
     """The pace of one training: the median step, as the recipe has it, once all is compiled and warm.
 
     Its operations are counted as three forward passes of what is trained (one forward, two backward), and, of a
-    teacher that is distilled, two (one forward, one backward to the student's sample).
+    teacher that is distilled, two (one forward, one backward to the student's sample), unless it is not ours.
     """
     recipe, device = experiment.recipe, experiment.device
     torch.set_num_threads(threads)
@@ -214,11 +219,12 @@ def measure_training(experiment: Experiment, kind: Kind, threads: int) -> dict[s
     if kind == "teacher":
         task = teacher_task(recipe)
     else:
-        teacher = experiment.model("teacher")
-        flops += 2 * teacher.flops_per_sample
-        if recipe.student.training.compile:
-            compile_networks(teacher)
-        task = student_task(recipe, teacher)
+        teacher = experiment.teacher()
+        if isinstance(teacher, WaveformModel):
+            flops += 2 * teacher.flops_per_sample
+            if recipe.student.training.compile:
+                compile_networks(teacher)
+        task = student_task(recipe, teacher, device)
     settings = task.settings
     fabric = launch(device)
     batches = Batches(task, experiment.corpus(), experiment.audio, recipe, fabric)
@@ -298,7 +304,7 @@ def crossovers(rows: list[dict[str, Any]]) -> dict[int, float]:
         single = [row for row in rows if row["threads"] == threads and row["batch_size"] == 1]
         sequential = [row for row in single if row["model"] == "teacher"]
         sizes = sorted((row["flops_per_sample"], row["samples_per_second"]) for row in single if not row["trained"])
-        fastest = max(row["samples_per_second"] for row in sequential)
+        fastest = max((row["samples_per_second"] for row in sequential), default=math.inf)
         for (less, faster), (more, slower) in itertools.pairwise(sizes):
             if slower <= fastest <= faster:
                 share = math.log(faster / fastest) / math.log(faster / slower) if faster > slower else 0.0

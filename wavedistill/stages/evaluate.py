@@ -10,9 +10,10 @@ from torch import Tensor
 from wavedistill import audio, metrics
 from wavedistill.config import Gates, Recipe
 from wavedistill.data import Utterance, dequantise, random_stream, read_f0, read_samples
+from wavedistill.distillation import Teacher
 from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import FlowDistribution, Scale, StandardNormal
-from wavedistill.losses import monte_carlo_kl, negative_log_likelihood
+from wavedistill.losses import Density, monte_carlo_kl, negative_log_likelihood
 from wavedistill.models import WaveformModel, build
 from wavedistill.progress import note, progress
 from wavedistill.sampling import sample
@@ -27,7 +28,7 @@ Scores = dict[str, float | None]
 def run(experiment: Experiment) -> str:
     """Write `metrics.json` and the synthesised clips; returns a line of result."""
     recipe = experiment.recipe
-    teacher, student = experiment.model("teacher"), experiment.model("student")
+    teacher, student = experiment.teacher(), experiment.model("student")
     test = experiment.corpus().of("test")
     density = densities(experiment, teacher, student, test)
     clips = synthesise(experiment, teacher, student, test[: recipe.evaluate.clips])
@@ -75,7 +76,7 @@ def gates(student: list[Scores], recorded: list[Scores], thresholds: Gates) -> d
 
 @torch.no_grad()
 def densities(
-    experiment: Experiment, teacher: WaveformModel, student: WaveformModel, test: list[Utterance]
+    experiment: Experiment, teacher: WaveformModel | Teacher, student: WaveformModel, test: list[Utterance]
 ) -> dict[str, Any]:
     """Likelihood and KL on the test split, of the trained models and of the same models before training.
 
@@ -85,10 +86,12 @@ def densities(
     own: a network that ignores its conditioning would not notice.
 
     The likelihood is of 16-bit audio after the recipe's level normalisation and with uniform dequantisation noise. The
-    KL's standard error is over utterances, each a mean over its draws.
+    KL's standard error is over utterances, each a mean over its draws. A teacher of which only the density is known
+    has no state before training.
     """
     recipe, device = experiment.recipe, experiment.device
     log_mel = audio.LogMel(recipe.audio).to(device)
+    known = isinstance(teacher, WaveformModel)
     untrained_teacher, untrained_student = (
         build(kind, recipe, recipe.seed).to(device) for kind in ("teacher", "student")
     )
@@ -103,22 +106,26 @@ def densities(
         repeats = -(-mel.shape[-1] // mels[i - 1].shape[-1])
         # The only clip of its split gets its own, half a clip away.
         away = mel.shape[-1] // 2 if len(clips) == 1 else 0
-        other = teacher.residual(mels[i - 1].repeat(1, 1, repeats).roll(away, -1)[..., : mel.shape[-1]])
-        p = teacher.residual(mel)
-        for name, density in {
-            "teacher_nll_nats_per_sample": teacher.synthesised(p, mel),
-            "teacher_nll_before_training": untrained_teacher(mel),
-            "teacher_nll_shuffled_conditioning": teacher.synthesised(other, mel),
-            "level_gaussian_nll_nats_per_sample": level_gaussian,
-        }.items():
+        other = mels[i - 1].repeat(1, 1, repeats).roll(away, -1)[..., : mel.shape[-1]]
+        if isinstance(teacher, WaveformModel):
+            # Under their common last transform, the KL is that of the residuals.
+            p: Density = teacher.residual(mel)
+            likelihoods: dict[str, Density] = {
+                "teacher_nll_nats_per_sample": teacher(mel),
+                "teacher_nll_before_training": untrained_teacher(mel),
+                "teacher_nll_shuffled_conditioning": teacher.synthesised(teacher.residual(other), mel),
+            }
+        else:
+            p = teacher(mel)
+            likelihoods = {"teacher_nll_nats_per_sample": p, "teacher_nll_shuffled_conditioning": teacher(other)}
+        for name, density in {**likelihoods, "level_gaussian_nll_nats_per_sample": level_gaussian}.items():
             values.setdefault(name, []).append(negative_log_likelihood(density, noisy).item())
-        # Under their common last transform, the KL is that of the residuals.
         for name, model, draws in (
             ("student_kl_nats_per_sample", student, recipe.evaluate.kl_draws),
             ("student_kl_before_training", untrained_student, 1),
         ):
             noise = model.base.noise((draws, len(clip)), random_stream(recipe.seed, DRAW, i)).to(device)
-            q = model.residual(mel)
+            q = model.residual(mel) if known else model(mel)
             estimates = [monte_carlo_kl(q, p, draw[None])[0].item() for draw in noise]
             values.setdefault(name, []).append(sum(estimates) / draws)
 
@@ -138,12 +145,12 @@ def densities(
 
 
 def synthesise(
-    experiment: Experiment, teacher: WaveformModel, student: WaveformModel, test: list[Utterance]
+    experiment: Experiment, teacher: WaveformModel | Teacher, student: WaveformModel, test: list[Utterance]
 ) -> dict[str, list[Scores]]:
     """Copy-synthesise clips with every system, write them to files, and score them; returns the scores of each clip.
 
-    Teacher and student are given the log-mel alone. `whisper` is what the student is before training: white noise
-    through the last transform, linear prediction for instance.
+    Teacher and student are given the log-mel alone; a teacher of which only the density is known draws none. `whisper`
+    is what the student is before training: white noise through the last transform, linear prediction for instance.
     """
     recipe, device = experiment.recipe, experiment.device
     limit = int(recipe.evaluate.max_seconds * recipe.audio.sample_rate) // recipe.audio.hop_length
@@ -162,7 +169,7 @@ def synthesise(
     with torch.inference_mode():
         systems = {
             "recorded": clips,
-            "teacher": drawn(teacher, "teacher samples"),
+            **({"teacher": drawn(teacher, "teacher samples")} if isinstance(teacher, WaveformModel) else {}),
             "student": drawn(student),
             "griffin_lim": [metrics.griffin_lim(log_mel.of_file(clip[None])[0], recipe.audio) for clip in clips],
             "whisper": drawn(build("student", recipe, recipe.seed).to(device)),

@@ -5,7 +5,7 @@ import io
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jinja2
 import numpy as np
@@ -63,6 +63,7 @@ def run(experiment: Experiment) -> str:
     found = json.loads(experiment.metrics.read_text())
     benchmark = json.loads(experiment.benchmark.read_text())
     full, train = (json.loads(path.read_text()) if path.exists() else None for path in _on_demand(experiment))
+    sized = [row for row in (full["rows"] if full else []) if not row["trained"]]
     systems = {system: title for system, title in SYSTEMS.items() if system in found["synthesis"]}
     page = environment.get_template("report.html.j2").render(
         name=experiment.recipe.name,
@@ -78,11 +79,9 @@ def run(experiment: Experiment) -> str:
         benchmark=benchmark,
         tables=[table for table in (benchmark, full) if table],
         training_speed=train,
-        crossover_plot=full and _png(crossover_plot(full["rows"])),
+        crossover_plot=_png(crossover_plot(full["rows"])) if full and sized else None,
         speed_plot=_png(speed_plot(benchmark["rows"], experiment.recipe.audio.sample_rate)),
-        losses=[
-            (kind, plot and _png(plot)) for kind in ("teacher", "student") for plot in [loss_plot(experiment, kind)]
-        ],
+        losses=[(kind, plot and _png(plot)) for kind in get_args(Kind) for plot in [loss_plot(experiment, kind)]],
         clips=[
             (clip, [(title, *_listen(experiment, system, clip)) for system, title in systems.items()])
             for clip in _clips(experiment)[:SHOWN_CLIPS]

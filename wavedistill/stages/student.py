@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from wavedistill.experiment import Experiment, Stage, fingerprint
-from wavedistill.models import compile_networks
+from wavedistill.models import WaveformModel, compile_networks
 from wavedistill.tasks import student_task
 from wavedistill.training import fit
 
@@ -13,20 +13,20 @@ READS = {"seed", "audio", "conditioning", "linear_prediction", "student"}
 
 def inputs(experiment: Experiment) -> list[Path]:
     """The files the student's training depends on."""
-    return [experiment.manifest, experiment.checkpoint("teacher")]
+    return [experiment.manifest, *experiment.teacher_files]
 
 
 def run(experiment: Experiment) -> str:
     """Distil, or go on distilling; returns a line of result."""
     recipe = experiment.recipe
-    teacher = experiment.model("teacher")
-    if recipe.student.training.compile:
+    teacher = experiment.teacher()
+    if recipe.student.training.compile and isinstance(teacher, WaveformModel):
         compile_networks(teacher)
 
     # The number of steps is left out: a training may be lengthened.
     trajectory = recipe.model_dump(mode="json", include=READS, exclude={"student": {"training": {"steps"}}})
     outcome = fit(
-        student_task(recipe, teacher),
+        student_task(recipe, teacher, experiment.device),
         experiment.corpus(),
         experiment.audio,
         recipe=recipe,

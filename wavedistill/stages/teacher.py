@@ -11,6 +11,8 @@ READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher"}
 def run(experiment: Experiment) -> str:
     """Train, or go on training; returns a line of result."""
     recipe = experiment.recipe
+    if recipe.student.teacher:
+        return f"nothing to train: the student is distilled from {recipe.student.teacher}"
     # The number of steps is left out: a training may be lengthened.
     trajectory = recipe.model_dump(mode="json", include=READS, exclude={"teacher": {"training": {"steps"}}})
     outcome = fit(
@@ -32,9 +34,12 @@ stage = Stage(
     name="teacher",
     summary=__doc__,
     needs=("prepare",),
-    settings=lambda experiment: experiment.recipe.model_dump(mode="json", include=READS),
+    settings=lambda experiment: [
+        experiment.recipe.model_dump(mode="json", include=READS),
+        experiment.recipe.student.teacher,
+    ],
     inputs=lambda experiment: [experiment.manifest],
-    outputs=lambda experiment: [experiment.checkpoint("teacher")],
+    outputs=lambda experiment: experiment.teacher_files,
     run=run,
     shared=True,
 )

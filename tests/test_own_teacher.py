@@ -1,0 +1,198 @@
+"""A density of the user's own as the teacher: any object with log_prob(x), named by an import path in the recipe."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY, noise, write_voice
+from tests.test_losses import density_parameters
+from wavedistill.audio import LogMel
+from wavedistill.checkpoint import load_model, save_model
+from wavedistill.config import Recipe, validate_recipe
+from wavedistill.data import Batch, random_stream
+from wavedistill.distillation import Distillation, DistillationFromDensity
+from wavedistill.errors import RecipeError
+from wavedistill.models import WaveformModel, build
+
+MODULE = '''
+"""Independent Gaussian samples, half as loud as the recordings, whatever the log-mel: a density of someone's own."""
+
+import math
+import torch
+
+class Quiet:
+    def __init__(self, log_scale):
+        self.log_scale = log_scale
+
+    def log_prob(self, x):
+        z = x * math.exp(-self.log_scale)
+        return (-0.5 * (z.square() + math.log(2 * math.pi)) - self.log_scale).sum(-1)
+
+def load(recipe, device):
+    log_scale = recipe.audio.level_db / 20 * math.log(10) - math.log(2)
+    return lambda mel: Quiet(log_scale)
+
+def wrong(recipe, device):
+    class Wrong:
+        def log_prob(self, x):
+            return x
+    return lambda mel: Wrong()
+'''
+
+
+@pytest.fixture
+def own(tiny_data: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without linear prediction, whose student can become independent Gaussian samples."""
+    tiny_data["linear_prediction"]["order"] = 0
+    tiny_data["student"]["teacher"] = "someones:load"
+    tiny_data["student"]["flow_layers"] = [2]
+    tiny_data["student"]["loss"].update(kl_estimator="mc", spectral=0.0, log_mel=0.0)
+    tiny_data["student"]["training"].update(steps=60, batch_size=2, learning_rate=0.02, warmup_steps=0)
+    return tiny_data
+
+
+class Shell:
+    """A folder with the user's module, a voice and a recipe, in which commands are given."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
+        self.folder = folder
+        write_voice(folder / "voice", 5)
+        (folder / "someones.py").write_text(MODULE)
+        recipe["corpus"] = {"kind": "folder", "path": "voice"}
+        (folder / "own.toml").write_text(toml({k: v for k, v in recipe.items() if k != "name"}))
+
+    def __call__(self, *words: str, path: str = ".") -> "subprocess.CompletedProcess[str]":
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([path, str(REPOSITORY)])}
+        command = [sys.executable, "-P", "-c", "from wavedistill.cli import main; main()", *words]
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, check=False)
+
+
+def toml(tables: dict[str, Any], prefix: str = "") -> str:
+    """Nested dictionaries as TOML, with dotted keys."""
+    lines = [
+        toml(value, f"{prefix}{key}.") if isinstance(value, dict) else f"{prefix}{key} = {json.dumps(value)}"
+        for key, value in tables.items()
+        if value is not None
+    ]
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_a_users_density_is_distilled_scored_and_forgotten(tmp_path: Path, own: dict[str, Any]) -> None:
+    """From the recipe to the report; then the checkpoint serves where the user's module does not exist."""
+    shell = Shell(tmp_path, own)
+    done = shell("run", "own.toml", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "teacher: nothing to train: the student is distilled from someones:load" in done.stdout
+    assert not (tmp_path / "exp/own/teacher").exists()
+
+    found = json.loads((tmp_path / "exp/own/metrics.json").read_text())
+    density, synthesis = found["density"], found["synthesis"]
+    # Of Gaussians with log-scales that differ by ln 2, in closed form.
+    start = 0.5 * (4 - 1) - math.log(2)
+    assert abs(density["student_kl_before_training"] - start) < 0.1
+    assert density["student_kl_nats_per_sample"] < 0.1 * start
+    assert "teacher_nll_before_training" not in density
+    assert {"teacher_nll_nats_per_sample", "teacher_nll_shuffled_conditioning"} <= density.keys()
+    assert "teacher" not in synthesis
+    level = synthesis["student"]["level_difference_db"]
+    assert level is not None
+    assert abs(level + 20 * math.log10(2)) < 1.5, "half as loud, as the teacher is"
+    rows = json.loads((tmp_path / "exp/own/benchmark.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {"student"}
+    assert (tmp_path / "exp/own/report.html").stat().st_size > 0
+
+    student = "exp/own/student/checkpoint.safetensors"
+    (tmp_path / "someones.py").write_text("raise SystemExit('imported')")
+    made = shell("generate", student, "voice/0.wav", "--out", "out")
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "out/0.wav").exists()
+
+
+@pytest.mark.slow
+def test_a_density_that_cannot_be_used_is_named(tmp_path: Path, own: dict[str, Any]) -> None:
+    shell = Shell(tmp_path, own)
+    assert shell("run", "own.toml", "--until", "teacher").returncode == 0
+    for path, name, message in (
+        ("elsewhere", "someones:load", "No module named 'someones'; its module must be importable"),
+        (".", "someones:lode", "has no attribute 'lode'"),
+        (".", "someones:wrong", r"its log_prob gave shape (2, "),
+    ):
+        done = shell("run", "own.toml", "--until", "student", "--set", f"student.teacher={name}", path=path)
+        assert done.returncode == 2, done.stderr
+        assert "student.teacher" in done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("loss", "kl_estimator", "closed"),
+        ("loss", "log_scale", 1.0),
+        ("loss", "x_reconstruction", 1.0),
+        ("loss", "z_reconstruction", 1.0),
+        (None, "teacher", "no_function"),
+    ],
+)
+def test_a_recipe_that_asks_more_of_it_is_refused(own: dict[str, Any], section: str, key: str, value: Any) -> None:
+    (own["student"][section] if section else own["student"])[key] = value
+    with pytest.raises(RecipeError, match=r"student\.teacher"):
+        validate_recipe(own, "own.toml")
+
+
+def test_the_recipes_teacher_as_a_mere_density_gives_the_same_kl(
+    tiny_data: dict[str, Any], tiny_model: Callable[[str], WaveformModel]
+) -> None:
+    """On the waveform with linear prediction, as on the residual without: a KL is invariant."""
+    tiny_data["student"]["loss"].update(kl_estimator="mc", spectral=0.5, log_mel=0.5, contrastive=0.1)
+    recipe: Recipe = validate_recipe(tiny_data, "tiny.toml")
+    student, teacher = (tiny_model(kind).double() for kind in ("student", "teacher"))
+    generator = torch.Generator().manual_seed(0)
+    for model in (student, teacher):
+        for network in model.networks:
+            with torch.no_grad():
+                network.head.weight.copy_(0.5 * torch.randn(network.head.weight.shape, generator=generator))
+    teacher.requires_grad_(False)
+    teacher.pitch.load_state_dict(student.pitch.state_dict())
+    hop, frames, context = recipe.audio.hop_length, 12, recipe.conditioning.context
+    audio = 0.1 * noise(2, (frames + 2 * context) * hop)
+    mel = LogMel(recipe.audio).double().of_file(audio)
+    f0 = student.pitch(mel)
+    batch = Batch(audio[:, context * hop : -context * hop], audio, mel, f0)
+    streams = [[random_stream(0, item) for item in range(2)] for _ in range(2)]
+    pair, density = Distillation(teacher, recipe), DistillationFromDensity(teacher, recipe, audio.device)
+    for objective in (pair, density):
+        objective.filters = {n_fft: filters.double() for n_fft, filters in objective.filters.items()}
+    expected, found = pair.terms(student, batch, streams[0]), density.terms(student, batch, streams[1])
+    assert set(found) == {*expected, "pitch"}
+    assert expected["kl"].abs() > 0.01
+    for name in ("kl", "spectral", "log_mel"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-6, msg=name)
+    assert found["contrastive"] < -found["kl"], "elsewhere, the density's linear prediction is another too"
+    found["kl"].backward()
+    for name, parameter in density_parameters(student):
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_a_checkpoint_brings_no_code(tmp_path: Path, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its recipe may name any import path: loading it imports nothing."""
+    (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own["student"]["teacher"] = "planted:load"
+    recipe = validate_recipe(own, "own.toml")
+    save_model(tmp_path / "a.safetensors", "student", recipe, 1, build("student", recipe, 0).state_dict())
+    load_model(tmp_path / "a.safetensors")
+    assert not (tmp_path / "ran").exists()
+    assert "planted" not in sys.modules
+    __import__("planted")
+    assert (tmp_path / "ran").exists(), "the trap works"

@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "wavedistill"
 LAYERS = [
-    {"engine", "errors", "memory", "progress"},
+    {"engine", "errors", "files", "memory", "progress"},
     {"config", "flows", "wavenet"},
     {"audio", "losses", "pitch"},
     {"linear_prediction", "data", "corpora", "metrics"},

@@ -10,7 +10,7 @@ import torch
 from tests.conftest import speech_like
 from wavedistill import audio
 from wavedistill.config import Recipe
-from wavedistill.data import Manifest, Segments, Utterance, dequantise, f0_path, random_stream, read_samples
+from wavedistill.data import Manifest, Part, Segments, Utterance, dequantise, random_stream, read_samples
 from wavedistill.errors import AudioError, CorpusError
 
 
@@ -20,8 +20,10 @@ def corpus(folder: Path, recipe: Recipe, frames: list[int]) -> Manifest:
     utterances = []
     for i, count in enumerate(frames):
         audio.write(folder / f"{i}.wav", speech_like(count * recipe.audio.hop_length, i), recipe.audio.sample_rate)
-        np.save(f0_path(folder, str(i)), np.linspace(0, 200, count, dtype=np.float32))
-        utterances.append(Utterance(name=str(i), source=str(i), split="train", frames=count, gain=1, sha256=""))
+        np.save(folder / f"{i}.f0.npy", np.linspace(0, 200, count, dtype=np.float32))
+        parts = [Part(name, 0, (folder / name).stat().st_size) for name in (f"{i}.wav", f"{i}.f0.npy")]
+        about = {"name": str(i), "source": str(i), "split": "train", "frames": count, "gain": 1, "sha256": ""}
+        utterances.append(Utterance(**about, audio=parts[0], f0=parts[1]))
     return Manifest(audio=recipe.audio, utterances=utterances)
 
 

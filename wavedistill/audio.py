@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wavedistill.config import Audio
 from wavedistill.errors import AudioError
+from wavedistill.files import replacing
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg"})
 PCM16_STEPS = 32768
@@ -112,11 +113,9 @@ def clipped_share(samples: np.ndarray) -> float:
 
 
 def write(path: Path, audio: Tensor, sample_rate: int) -> None:
-    """Write audio (T,) in [-1, 1] as a PCM-16 wav file, whole or not at all; larger values clip."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:  # which says what is wrong with a place that cannot be written
-        soundfile.write(file, to_pcm16(audio), sample_rate, subtype="PCM_16", format="WAV")
-    partial.replace(path)
+    """Write audio (T,) in [-1, 1] with 16 bits as the kind of file its suffix says; larger values clip."""
+    with replacing(path) as file:  # which says what is wrong with a place that cannot be written
+        soundfile.write(file, to_pcm16(audio), sample_rate, subtype="PCM_16", format=path.suffix.removeprefix("."))
 
 
 def to_pcm16(audio: Tensor) -> np.ndarray:

@@ -4,7 +4,6 @@ They are safetensors: tensors, and a header of plain values. Nothing in such a f
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from wavedistill.config import Recipe, validate_recipe
 from wavedistill.errors import CheckpointError, RecipeError
+from wavedistill.files import replacing
 from wavedistill.models import WaveformModel, build
 
 HEADER = "wavedistill"
@@ -44,18 +44,11 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"version": VERSION, **header}, sort_keys=True, allow_nan=False)
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with replacing(path) as file:
             file.write(safetensors.torch.save(whole, {HEADER: text}))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
     except OSError as error:
-        if partial.is_file():
-            partial.unlink()
         raise CheckpointError(
             f"{path}: cannot be written: {error.strerror}; make room or give another --exp, and run the same command "
             "again: what was saved before is untouched"
@@ -129,12 +122,3 @@ def set_aside(path: Path) -> Path:
 def _first_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(2)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a renaming in a folder last through a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,6 +22,8 @@ from wavedistill.errors import RecipeError
 
 # TOML has arrays only, so a tuple of a recipe arrives as a list.
 Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
+Licence = str | None
+"""What the recordings may be used for, and who is to be named; every checkpoint carries it."""
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 
 
@@ -35,6 +37,7 @@ class NanottsCorpus(Section):
     """Speech made on the spot by the offline synthesiser of the `py-nanotts` package."""
 
     kind: Literal["nanotts"]
+    licence: Licence = None
     text: str
     """Text file with one sentence a line."""
     voice: Literal["en-US", "en-GB", "de-DE", "es-ES", "fr-FR", "it-IT"]
@@ -46,6 +49,7 @@ class DebianCorpus(Section):
     """Every wav, flac and ogg file in a Debian package."""
 
     kind: Literal["debian"]
+    licence: Licence = None
     package: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """Of the package's file."""
@@ -59,6 +63,7 @@ class FolderCorpus(Section):
     """Every wav, flac and ogg file below a folder."""
 
     kind: Literal["folder"]
+    licence: Licence = None
     path: str
     limit: PositiveInt | None = None
     """Use only the first so many files, in the order of their paths."""
@@ -124,6 +129,8 @@ class Prepare(Section):
     """Longer ones are cut at quiet places."""
     valid_fraction: Fraction
     test_fraction: Fraction
+    storage: Literal["wav", "flac", "shards"]
+    """Of the prepared audio: files of either kind, or tar archives of FLAC files as webdataset reads them."""
     max_skipped: Annotated[float, Field(ge=0, le=1)]
     """Largest share of recordings that may be left out: no audio, silent, clipped, too short, or twice there."""
 

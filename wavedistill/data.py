@@ -1,5 +1,6 @@
 """The prepared corpus: a manifest of utterances, whole or in hop-aligned random segments."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
@@ -13,27 +14,40 @@ from torch import Tensor
 from wavedistill.audio import PCM16_STEPS, LogMel
 from wavedistill.config import Audio
 from wavedistill.errors import CorpusError
+from wavedistill.files import Stretch
 
 Split = Literal["train", "valid", "test"]
 Streams = Sequence[torch.Generator]
 """One for each item of a batch, so that an item's noise is the same in a batch of any size, in any process."""
 
 
+class Part(NamedTuple):
+    """A file below the prepared corpus's folder, or a member of an archive there: a stretch of its bytes."""
+
+    file: str
+    offset: int
+    size: int
+
+
 class Utterance(BaseModel):
     """One prepared clip.
 
     Attributes:
-        name: of the clip; its audio is `audio/<name>.wav` beside the manifest, its F0 `audio/<name>.f0.npy`.
+        name: of the clip.
+        audio: where its samples are, as a wav or FLAC file.
+        f0: where its F0 is, as a NumPy file.
         source: the file of the corpus it comes from.
         split: the part of the corpus it belongs to.
         frames: its length in hops.
         gain: the factor between the source's samples and the clip's; it shifts a log density by -log(gain) a sample.
-        sha256: of the clip's file.
+        sha256: of its audio file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
+    audio: Part
+    f0: Part
     source: str
     split: Split
     frames: int
@@ -151,34 +165,36 @@ class Segments:
 
 def read_samples(folder: Path, utterance: Utterance, start: int = 0, length: int | None = None) -> Tensor:
     """Samples (length,) of an utterance in [-1, 1) from position start on, zero outside the file; all by default."""
-    path = folder / f"{utterance.name}.wav"
     try:
-        with soundfile.SoundFile(path) as file:
+        with _open(folder, utterance.audio) as stretch, soundfile.SoundFile(stretch) as file:
             length = file.frames if length is None else length
             first, last = max(start, 0), min(start + length, file.frames)
             out = np.zeros(length, np.float32)
             file.seek(first)
             out[first - start : last - start] = file.read(last - first, dtype="float32")
-    except soundfile.SoundFileError as error:
-        raise CorpusError(f"{path}: cannot be read: delete it and run the prepare stage again") from error
+    except (OSError, ValueError, soundfile.SoundFileError) as error:  # ValueError: cut short behind its header
+        raise _unreadable(folder, utterance.audio, "cannot be read") from error
     return torch.from_numpy(out)
-
-
-def f0_path(folder: Path, name: str) -> Path:
-    """The file of an utterance's F0."""
-    return folder / f"{name}.f0.npy"
 
 
 def read_f0(folder: Path, utterance: Utterance) -> Tensor:
     """F0 (frames,) of an utterance in Hz, 0 where unvoiced."""
-    path = f0_path(folder, utterance.name)
     try:
-        f0 = np.load(path, allow_pickle=False)
+        with _open(folder, utterance.f0) as stretch:
+            f0 = np.load(io.BytesIO(stretch.read()), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise CorpusError(f"{path}: cannot be read: delete it and run the prepare stage again") from error
+        raise _unreadable(folder, utterance.f0, "cannot be read") from error
     if f0.shape != (utterance.frames,) or not np.isfinite(f0).all():
-        raise CorpusError(f"{path}: is not that of its audio: delete it and run the prepare stage again")
+        raise _unreadable(folder, utterance.f0, "is not that of its audio")
     return torch.from_numpy(f0.astype(np.float32))
+
+
+def _open(folder: Path, part: Part) -> Stretch:
+    return Stretch((folder / part.file).open("rb"), part.offset, part.size)
+
+
+def _unreadable(folder: Path, part: Part, why: str) -> CorpusError:
+    return CorpusError(f"{folder / part.file}: {why}: delete it and run the prepare stage again")
 
 
 def dequantise(audio: Tensor, streams: Streams) -> Tensor:

@@ -18,6 +18,7 @@ from wavedistill.data import Manifest
 from wavedistill.distillation import Teacher
 from wavedistill.engine import launch
 from wavedistill.errors import CheckpointError, CorpusError, RecipeError, UserError
+from wavedistill.files import replacing
 from wavedistill.models import WaveformModel
 
 
@@ -239,6 +240,5 @@ def sha256(path: Path) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write plain values as JSON, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())

@@ -7,12 +7,13 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import librosa
 import numpy as np
@@ -22,15 +23,20 @@ from torch import Tensor
 from wavedistill import audio, corpora
 from wavedistill.config import Prepare, Recipe
 from wavedistill.corpora import Source
-from wavedistill.data import Manifest, Split, Utterance, f0_path
+from wavedistill.data import Manifest, Part, Split, Utterance
 from wavedistill.errors import AudioError, CorpusError
 from wavedistill.experiment import Experiment, Stage, fingerprint, sha256, write_json
+from wavedistill.files import replacing
 from wavedistill.pitch import track_f0
 from wavedistill.progress import note, progress
 
 READS = {"seed", "corpus", "audio", "prepare"}
+SAYS = {"corpus": {"licence"}}
+"""What is known of a corpus, and does not change it."""
 FEW = 24
 """Recordings that are done sooner than more processes have started."""
+SHARD_BYTES = 2**28
+"""Of an archive of prepared clips, about: large enough for an object store, small enough to be one of many."""
 SHOWN = 10
 """Recordings left out that are named; a file names them all."""
 
@@ -58,7 +64,7 @@ def run(experiment: Experiment) -> str:
     fresh = experiment.root / "audio.partial"
     records = fresh / "records"
     # A call that left out too many may go on where it stopped, with more allowed.
-    made_by = recipe.model_dump(mode="json", include=READS, exclude={"prepare": {"max_skipped"}})
+    made_by = recipe.model_dump(mode="json", include=READS, exclude={"prepare": {"max_skipped"}, **SAYS})
     _begin(fresh, fingerprint([made_by, corpora.state(recipe.corpus)], []))
     sources = corpora.sources(recipe.corpus)
 
@@ -71,8 +77,8 @@ def run(experiment: Experiment) -> str:
         known = [first.setdefault(clip.sha256, source.origin) for clip in result.clips]
         new = [clip for clip, origin in zip(result.clips, known, strict=True) if origin == source.origin]
         for clip in set(result.clips) - set(new):
-            (fresh / f"{clip.name}.wav").unlink(missing_ok=True)
-            f0_path(fresh, clip.name).unlink(missing_ok=True)
+            for path in _files(fresh, clip.name, recipe):
+                path.unlink(missing_ok=True)
         clips += new
         if not new:
             faults.append(result.fault or f"{source.origin}: holds the same sound as {known[0]}; remove either")
@@ -85,13 +91,24 @@ def run(experiment: Experiment) -> str:
         )
 
     split = splits(clips, recipe)
-    manifest = Manifest(
-        audio=recipe.audio,
-        utterances=[Utterance(**clip._asdict(), split=split[clip.name]) for clip in clips],
-    )
+    files = {clip.name: _files(fresh, clip.name, recipe) for clip in clips}
+    finished = fresh
+    if recipe.prepare.storage == "shards":
+        finished = fresh / "shards"
+        by_split = {part: [files[name] for name in split if split[name] == part] for part in get_args(Split)}
+        parts = _pack(by_split, finished)
+    else:
+        parts = {path: Part(path.name, 0, path.stat().st_size) for pair in files.values() for path in pair}
+    utterances = [
+        Utterance(**clip._asdict(), split=split[clip.name], audio=parts[samples], f0=parts[f0])
+        for clip in clips
+        for samples, f0 in [files[clip.name]]
+    ]
+    manifest = Manifest(audio=recipe.audio, utterances=utterances)
     shutil.rmtree(records)
     shutil.rmtree(experiment.audio, ignore_errors=True)
-    fresh.rename(experiment.audio)
+    finished.rename(experiment.audio)
+    shutil.rmtree(fresh, ignore_errors=True)
     write_json(experiment.manifest, manifest.model_dump(mode="json"))
     minutes = ", ".join(f"{manifest.seconds(part) / 60:.1f} min {part}" for part in ("train", "valid", "test"))
     left_out = f"; {len(faults)} of {len(sources)} recordings left out: {report}" if faults else ""
@@ -161,10 +178,11 @@ def _clips(source: Source, recipe: Recipe, folder: Path) -> list[Clip]:
             continue
         whole = audio.pad_to_hops(piece * gain, recipe.audio.hop_length)
         name = source.name if len(pieces) == 1 else f"{source.name}_{number:03d}"
-        path = folder / f"{name}.wav"
-        audio.write(path, whole, recipe.audio.sample_rate)
-        np.save(f0_path(folder, name), track_f0(whole, recipe.audio).numpy())
-        clips.append(Clip(name, source.origin, len(whole) // recipe.audio.hop_length, gain, sha256(path)))
+        samples_path, f0_path = _files(folder, name, recipe)
+        audio.write(samples_path, whole, recipe.audio.sample_rate)
+        with replacing(f0_path) as file:
+            np.save(file, track_f0(whole, recipe.audio).numpy())
+        clips.append(Clip(name, source.origin, len(whole) // recipe.audio.hop_length, gain, sha256(samples_path)))
     if not clips:
         longest = max(map(len, pieces)) / recipe.audio.sample_rate
         raise AudioError(
@@ -209,6 +227,49 @@ def splits(clips: list[Clip], recipe: Recipe) -> dict[str, Split]:
     return {name: part[g] for name, g in group.items()}
 
 
+def _files(folder: Path, name: str, recipe: Recipe) -> tuple[Path, Path]:
+    """The files that a clip's audio and its F0 are written to."""
+    suffix = "wav" if recipe.prepare.storage == "wav" else "flac"
+    return folder / f"{name}.{suffix}", folder / f"{name}.f0.npy"
+
+
+def _pack(clips: Mapping[Split, list[tuple[Path, Path]]], folder: Path) -> dict[Path, Part]:
+    """Pack the files of each split's clips into tar archives; returns where each file is.
+
+    As webdataset reads them: what belongs to one clip lies together, and has one name up to the first dot.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    found = {}
+    for split, pairs in clips.items():
+        for number, shard in enumerate(_shards(pairs)):
+            archive = folder / f"{split}-{number:05d}.tar"
+            with replacing(archive) as file, tarfile.open(fileobj=file, mode="w") as tar:
+                for path in shard:
+                    member = tarfile.TarInfo(path.name)
+                    member.size = path.stat().st_size
+                    with path.open("rb") as content:
+                        tar.addfile(member, content)
+            with tarfile.open(archive) as tar:
+                for path, member in zip(shard, tar, strict=True):
+                    found[path] = Part(archive.name, member.offset_data, member.size)
+    return found
+
+
+def _shards(pairs: list[tuple[Path, Path]]) -> Iterator[list[Path]]:
+    """Files in groups of about `SHARD_BYTES`, no pair divided."""
+    shard: list[Path] = []
+    size = 0
+    for pair in pairs:
+        shard += pair
+        size += sum(path.stat().st_size for path in pair)
+        if size >= SHARD_BYTES:
+            yield shard
+            shard, size = [], 0
+    if shard:
+        yield shard
+
+
 def _quietest(samples: Tensor, rate: int) -> int:
     """The middle of the quietest 50 ms of samples (T,)."""
     width = rate // 20
@@ -236,15 +297,18 @@ def _share(part: int, whole: int) -> float:
 
 
 def _settings(experiment: Experiment) -> list[Any]:
-    return [experiment.recipe.model_dump(mode="json", include=READS), corpora.state(experiment.recipe.corpus)]
+    settings = experiment.recipe.model_dump(mode="json", include=READS, exclude=SAYS)
+    return [settings, corpora.state(experiment.recipe.corpus)]
 
 
 def _outputs(experiment: Experiment) -> list[Path]:
     try:
-        names = [utterance.name for utterance in Manifest.read(experiment.manifest).utterances]
+        utterances = Manifest.read(experiment.manifest).utterances
     except CorpusError:  # damaged, or not there: made again
         return [experiment.root / "no manifest"]
-    return [path for name in names for path in (experiment.audio / f"{name}.wav", f0_path(experiment.audio, name))]
+    return sorted(
+        {experiment.audio / part.file for utterance in utterances for part in (utterance.audio, utterance.f0)}
+    )
 
 
 stage = Stage(

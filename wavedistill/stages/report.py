@@ -18,6 +18,7 @@ from wavedistill import __version__
 from wavedistill.audio import LogMel
 from wavedistill.checkpoint import Kind
 from wavedistill.experiment import Experiment, Stage
+from wavedistill.files import replacing
 
 SYSTEMS = {
     "recorded": "Recorded",
@@ -68,6 +69,7 @@ def run(experiment: Experiment) -> str:
     page = environment.get_template("report.html.j2").render(
         name=experiment.recipe.name,
         version=__version__,
+        licence=experiment.recipe.corpus.licence,
         recipe=json.dumps(experiment.recipe.model_dump(mode="json"), indent=1),
         density=found["density"],
         synthesis=found["synthesis"],
@@ -87,9 +89,8 @@ def run(experiment: Experiment) -> str:
             for clip in _clips(experiment)[:SHOWN_CLIPS]
         ],
     )
-    partial = experiment.report.with_name("report.html.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(experiment.report)
+    with replacing(experiment.report) as file:
+        file.write(page.encode())
     return f"{len(page) / 1e6:.1f} MB: {experiment.report}"
 
 

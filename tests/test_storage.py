@@ -1,0 +1,129 @@
+"""Prepared audio in its three kinds of storage, and what is written whole or not at all."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import webdataset
+
+from tests.conftest import write_voice
+from wavedistill.checkpoint import load, save_model
+from wavedistill.config import Recipe, validate_recipe
+from wavedistill.data import Manifest, Segments, random_stream, read_f0, read_samples
+from wavedistill.errors import CorpusError
+from wavedistill.experiment import Experiment, run_stage
+from wavedistill.files import Stretch, replacing
+from wavedistill.models import build
+from wavedistill.stages import prepare
+
+STORAGES = ("wav", "flac", "shards")
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[str, Experiment]:
+    """The same voice prepared in every kind of storage, with several shards of training clips."""
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 50_000)
+    voice = write_voice(tmp_path / "voice", 8)
+    found = {}
+    for storage in STORAGES:
+        data = tiny.model_dump(mode="json")
+        data["corpus"] = {"kind": "folder", "path": str(voice)}
+        data["prepare"]["storage"] = storage
+        experiment = Experiment(validate_recipe(data, storage), tmp_path / storage, torch.device("cpu"))
+        run_stage(prepare.stage, experiment)
+        found[storage] = experiment
+    return found
+
+
+def test_every_storage_gives_the_same_batches(prepared: dict[str, Experiment], tiny: Recipe) -> None:
+    batches = []
+    for experiment in prepared.values():
+        manifest = Manifest.read(experiment.manifest)
+        segments = Segments(manifest, experiment.audio, "train", frames=10, context=2)
+        batches.append(segments.draw([random_stream(0, item) for item in range(20)]))
+    for batch in batches[1:]:
+        assert all(map(torch.equal, batch, batches[0]))
+    sizes = [sum(path.stat().st_size for path in e.audio.iterdir()) for e in prepared.values()]
+    assert sizes[1] < sizes[0]
+    assert {path.suffix for path in prepared["shards"].audio.iterdir()} == {".tar"}
+
+
+def test_shards_are_those_of_webdataset(prepared: dict[str, Experiment]) -> None:
+    """Its own reader finds every clip of a split, with its F0, in the order of the manifest."""
+    experiment = prepared["shards"]
+    manifest = Manifest.read(experiment.manifest)
+    shards = sorted(map(str, experiment.audio.glob("train-*.tar")))
+    assert len(shards) > 1
+    found = list(webdataset.WebDataset(shards, shardshuffle=False))
+    assert [sample["__key__"] for sample in found] == [u.name for u in manifest.of("train")]
+    for sample, utterance in zip(found, manifest.of("train"), strict=True):
+        wave, rate = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
+        assert rate == manifest.audio.sample_rate
+        assert np.array_equal(wave, read_samples(experiment.audio, utterance).numpy())
+        assert np.array_equal(np.load(io.BytesIO(sample["f0.npy"])), read_f0(experiment.audio, utterance).numpy())
+    with tarfile.open(shards[0]) as tar:
+        assert {(member.mtime, member.uid) for member in tar} == {(0, 0)}, "the same bytes each time"
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_lost_audio_is_named_and_prepared_anew(prepared: dict[str, Experiment], storage: str) -> None:
+    experiment = prepared[storage]
+    before = {path.name: path.read_bytes() for path in experiment.audio.iterdir()}
+    utterance = Manifest.read(experiment.manifest).of("train")[0]
+    lost = experiment.audio / utterance.audio.file
+    lost.write_bytes(lost.read_bytes()[:60])
+    with pytest.raises(CorpusError, match=rf"{lost.name}: cannot be read: delete it and run the prepare stage again"):
+        read_samples(experiment.audio, utterance)
+    lost.unlink()
+    with pytest.raises(CorpusError, match="cannot be read"):
+        read_samples(experiment.audio, utterance)
+    assert "utterances" in run_stage(prepare.stage, experiment)
+    assert {path.name: path.read_bytes() for path in experiment.audio.iterdir()} == before
+
+
+def test_a_licence_goes_with_every_checkpoint_and_prepares_nothing_anew(
+    tmp_path: Path, prepared: dict[str, Experiment]
+) -> None:
+    experiment = prepared["wav"]
+    corpus = experiment.recipe.corpus.model_copy(update={"licence": "Jane Doe, CC BY 4.0"})
+    recipe = experiment.recipe.model_copy(update={"corpus": corpus})
+    named = Experiment(recipe, experiment.root, experiment.device)
+    assert run_stage(prepare.stage, named) == "prepare: up to date"
+    save_model(tmp_path / "a.safetensors", "teacher", recipe, 1, build("teacher", recipe, 0).state_dict())
+    assert load(tmp_path / "a.safetensors")[1]["recipe"]["corpus"]["licence"] == "Jane Doe, CC BY 4.0"
+
+
+def test_a_stretch_of_a_file_reads_as_a_file(tmp_path: Path) -> None:
+    content = bytes(range(100))
+    (tmp_path / "a").write_bytes(content)
+    with Stretch((tmp_path / "a").open("rb"), 20, 30) as stretch:
+        assert stretch.read() == content[20:50]
+        assert stretch.read(1) == b""
+        assert stretch.seek(-5, io.SEEK_END) == 25
+        assert stretch.read(100) == content[45:50]
+        stretch.seek(3)
+        stretch.seek(4, io.SEEK_CUR)
+        assert (stretch.tell(), stretch.read(2)) == (7, content[27:29])
+        stretch.seek(99)
+        assert stretch.read() == b""
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with replacing(path) as file:
+        file.write(json.dumps("old").encode())
+
+    def fail() -> None:
+        with replacing(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert json.loads(path.read_text()) == "old"
+    assert [found.name for found in tmp_path.iterdir()] == ["a.json"]

@@ -250,6 +250,14 @@ def test_generate_gives_frames_times_hop_samples(tiny_run: Path, tmp_path: Path,
     first = generate("first", "--seed", "3")
     assert {name: len(wave) for name, wave in first.items()} == {"sound.wav": 2400, "stereo.wav": 1200, "mel.wav": 1400}
     again, other = generate("again", "--seed", "3"), generate("other", "--seed", "4")
+    if kind == "student":
+        lowered = generate("lowered", "--seed", "3", "--bf16")
+        for name, wave in first.items():
+            assert 0 < np.square(lowered[name] - wave).mean() < 1e-3 * np.square(wave).mean(), name
+    else:
+        refused = wavedistill("generate", checkpoint, inputs[0], "--out", tmp_path / "no", "--bf16")
+        assert refused.returncode == 2
+        assert "only a student is drawn in bfloat16" in " ".join(refused.stderr.split())
     cold = generate("cold", "--temperature", "0")
     for name, wave in first.items():
         assert np.array_equal(wave, again[name])

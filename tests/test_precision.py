@@ -46,6 +46,19 @@ def moved(model: WaveformModel) -> WaveformModel:
     return model
 
 
+def layer_types(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, torch.dtype]]:
+    """Fills up with whether a gradient is wanted, and what each layer of any network computes in."""
+    found: list[tuple[bool, torch.dtype]] = []
+    layer = WaveNet._layer
+
+    def noted(net: WaveNet, i: int, y: Tensor, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        found.append((torch.is_grad_enabled(), y.dtype))
+        return layer(net, i, y, h, skip)
+
+    monkeypatch.setattr(WaveNet, "_layer", noted)
+    return found
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_a_density_does_not_follow_autocast(tiny: Recipe, speech: tuple[Tensor, Tensor], base: str) -> None:
     """Neither its type nor a single bit of its value: linear prediction, flow and base, without a network."""
@@ -83,26 +96,27 @@ def test_losses_of_the_waveform_do_not_follow_autocast(tiny: Recipe, speech: tup
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_of_a_model_only_the_networks_follow_autocast(
-    tiny_model: Callable[[str], WaveformModel], speech: tuple[Tensor, Tensor], kind: str
+    tiny_model: Callable[[str], WaveformModel],
+    speech: tuple[Tensor, Tensor],
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     audio, mel = speech
     model = moved(tiny_model(kind)).requires_grad_(False)
     context = model.margin
-    types: list[torch.dtype] = []
-    for network in model.networks:
-        network.outputs[0].register_forward_hook(lambda _, inputs, out: types.append(out.dtype))
+    types = layer_types(monkeypatch)
 
     def densities() -> Tensor:
         density = model(mel)
         return density.log_prob_steps(audio) if kind == "teacher" else density.rsample_and_log_prob_steps(audio)[1]
 
     full = densities()
-    assert set(types) == {torch.float32}
+    assert {kind for _, kind in types} == {torch.float32}
     types.clear()
     with lowered():
         found = densities()
         residual, ladj = model.analyse(audio, mel[..., context:-context])
-    assert set(types) == {torch.bfloat16}
+    assert {kind for _, kind in types} == {torch.bfloat16}
     assert found.dtype == residual.dtype == ladj.dtype == torch.float32
     assert 0 < (found - full).abs().mean() < 0.02, "as precise as bfloat16 lets the networks be"
 
@@ -123,17 +137,10 @@ def test_a_training_in_bfloat16_follows_that_in_float32(
     manifest = corpus(tmp_path / "audio", tiny, [20, 20])
     first, second = manifest.utterances
     both = Manifest(audio=tiny.audio, utterances=[first, second.model_copy(update={"split": "valid"})])
-    training: list[set[torch.dtype]] = []
-    forward = WaveNet._layer
-
-    def noted(net: WaveNet, i: int, y: Tensor, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        kinds[torch.is_grad_enabled()].add(y.dtype)
-        return forward(net, i, y, h, skip)
-
-    monkeypatch.setattr(WaveNet, "_layer", noted)
+    types = layer_types(monkeypatch)
     values = {}
-    for precision in ("32-true", "bf16-mixed"):
-        kinds: dict[bool, set[torch.dtype]] = {False: set(), True: set()}
+    for precision, trained in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
+        types.clear()
         settings = tiny.teacher.training.model_copy(
             update={"precision": precision, "steps": 30, "validate_every": 30, "segment_frames": 10}
         )
@@ -147,9 +154,7 @@ def test_a_training_in_bfloat16_follows_that_in_float32(
             fingerprint="a",
             device=torch.device("cpu"),
         ).valid["nll"]
-        training.append(kinds[True])
-        assert kinds[False] == {torch.float32}, "validation"
+        assert set(types) == {(True, trained), (False, torch.float32)}, "a step, and a validation"
         tensors, _ = checkpoint.load(saved_states(folder)[0])
         assert {value.dtype for value in tensors.values()} == {torch.float32}
-    assert training == [{torch.float32}, {torch.bfloat16}]
     assert abs(values["bf16-mixed"] - values["32-true"]) < 0.01

@@ -20,7 +20,7 @@ from wavedistill.models import WaveformModel, build
 
 HEADER = "wavedistill"
 """The one key of the file's metadata; its value is JSON. One, because the order of several is left to chance."""
-VERSION = 2
+VERSION = 3
 """Of the format; raised when files of the old one can no longer be read."""
 SUFFIX = ".safetensors"
 MODEL_FILE = f"checkpoint{SUFFIX}"

@@ -129,6 +129,9 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0, help="Scale of the noise; below 1 is cleaner and less varied.")
     ] = 1.0,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="A student's networks in bfloat16, for GPUs that are faster at it.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Draw waveforms from a checkpoint: a teacher sample by sample, a student block by block.
@@ -139,6 +142,8 @@ def generate(
     Example: `wavedistill generate exp/demo/student/checkpoint.safetensors *.wav mel.npy --out out`
     """
     loaded = load_model(checkpoint, _device(device))
+    if bf16 and loaded.kind != "student":
+        raise typer.BadParameter(f"--bf16: {checkpoint} is a {loaded.kind}; only a student is drawn in bfloat16")
     outputs = [out / f"{path.stem}.wav" for path in inputs]
     for path, target in zip(inputs, outputs, strict=True):
         if outputs.count(target) > 1:
@@ -147,14 +152,14 @@ def generate(
             raise UserError(f"{path}: --out {out} would overwrite this input; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     for path, target in zip(inputs, outputs, strict=True):
-        wave, clipped = _synthesise(loaded, path, seed, temperature)
+        wave, clipped = _synthesise(loaded, path, seed, temperature, bf16)
         audio.write(target, wave, loaded.recipe.audio.sample_rate)
         typer.echo(f"{target}: {len(wave) / loaded.recipe.audio.sample_rate:.2f} s")
         if clipped:
             note(f"{target}: {clipped} samples were louder than 16 bits hold and are clipped")
 
 
-def _synthesise(loaded: Checkpoint, path: Path, seed: int, temperature: float) -> tuple[Tensor, int]:
+def _synthesise(loaded: Checkpoint, path: Path, seed: int, temperature: float, bf16: bool) -> tuple[Tensor, int]:
     """The waveform (T,) for one input file, and how many of its samples clip."""
     settings, context = loaded.recipe.audio, loaded.recipe.conditioning.context
     if path.suffix.lower() == ".npy":
@@ -168,7 +173,8 @@ def _synthesise(loaded: Checkpoint, path: Path, seed: int, temperature: float) -
     length = (mel.shape[-1] - 2 * context) * settings.hop_length
     noise = model.base.noise((1, length), random_stream(seed)).to(mel) * temperature
     if loaded.kind == "student":
-        wave = torch.cat([block[0].cpu() for block in stream(model, [mel], slices(noise))])
+        with torch.autocast(mel.device.type, torch.bfloat16, enabled=bf16):
+            wave = torch.cat([block[0].cpu() for block in stream(model, [mel], slices(noise))])
     else:
         with torch.inference_mode():
             wave = sample(model(mel), noise, label=path.name)[0].cpu()

@@ -173,10 +173,8 @@ class WaveNet(nn.Module):
                 state.history[i][past : past + padded] = h.view(padded, batch_size, -1)
                 extended = state.history[i].flatten(0, 1)
             delays = [extended[k * dilation * batch_size :][: len(h)] for k in range(self.kernel_size - 1)]
-            y = self._gates(i, [*delays, h])
-            if context is not None:
-                blocks = y.view(-1, self.repeat, batch_size, y.shape[1])
-                blocks += context[: len(blocks), i, None]
+            own = None if context is None else context[: padded // self.repeat, i, None]
+            y = self._gates(i, [*delays, h], own, (-1, self.repeat, batch_size))
             h, skip = self._layer(i, y, h, skip)
         if state is not None:
             state.previous = x[:, -1:]
@@ -203,9 +201,8 @@ class WaveNet(nn.Module):
             history = state.history[i]
             first = state.position
             history[first + (self.kernel_size - 1) * dilation] = h
-            y = self._gates(i, [*(history[first + k * dilation] for k in range(self.kernel_size - 1)), h])
-            if context is not None:
-                y += context[i]
+            taps = [*(history[first + k * dilation] for k in range(self.kernel_size - 1)), h]
+            y = self._gates(i, taps, None if context is None else context[i], (-1,))
             h, skip = self._layer(i, y, h, skip)
         state.position += 1
         return self._head(skip)
@@ -218,23 +215,37 @@ class WaveNet(nn.Module):
             raise ValueError("this network is conditional: it needs features")
         return self.context(features.transpose(0, 1)).unflatten(-1, (len(self.gates), -1)).transpose(1, 2)
 
-    def _gates(self, i: int, taps: list[Tensor]) -> Tensor:
-        """The dilated convolution of layer i, one product a tap (N, C), summed in place: nothing is stacked."""
+    def _gates(self, i: int, taps: list[Tensor], context: Tensor | None, rows: tuple[int, ...]) -> Tensor:
+        """The dilated convolution of layer i, one product a tap (N, C), and its conditioning; nothing is stacked.
+
+        The context (..., 2 C) is added to the sum of products, seen as (*rows, 2 C).
+        """
         gates = cast(nn.Linear, self.gates[i])
-        first, *others = gates.weight.split(self.channels, 1)
-        y = F.linear(taps[0], first, gates.bias)
-        for tap, weight in zip(taps[1:], others, strict=True):
-            y.addmm_(tap, weight.t().to(y.dtype))  # in place, so autocast leaves it to us
-        return y
+        first, *others = zip(taps, gates.weight.split(self.channels, 1), strict=True)
+        bias = gates.bias if context is None else context + gates.bias
+        y = F.linear(*first)
+        if not torch.compiler.is_compiling():
+            for tap, weight in others:
+                y.addmm_(tap.to(y.dtype), weight.t().to(y.dtype))  # in place: autocast leaves it to us
+            y.unflatten(0, rows).add_(bias)
+            return y
+        # A compiler adds products where they are read; next to each other, it would copy one to add the other to it.
+        total = y.unflatten(0, rows) + bias
+        for tap, weight in others:
+            total = total + F.linear(tap, weight).unflatten(0, rows)
+        return total.flatten(0, -2)
 
     def _layer(self, i: int, y: Tensor, h: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
         filtered, gate = y.chunk(2, -1)
         # tanh(f) = 2 sigmoid(2f) - 1: on a CPU, torch's tanh takes as long as six of its sigmoids.
         opened = torch.sigmoid(gate)
-        out = self.outputs[i](torch.addcmul(-opened, torch.sigmoid(2 * filtered), opened, value=2))
-        skip = skip + out[..., : self.skip_channels]
+        outputs = cast(nn.Linear, self.outputs[i])
+        out = F.linear(torch.addcmul(-opened, torch.sigmoid(2 * filtered), opened, value=2), outputs.weight)
+        # Added to its parts, because a compiler would copy the bias to the whole width of the product first.
+        bias, width = outputs.bias.to(out.dtype), self.skip_channels
+        skip = skip + (out[..., :width] + bias[:width])
         if i < len(self.outputs) - 1:
-            h = h + out[..., self.skip_channels :]
+            h = h + (out[..., width:] + bias[width:])
         return h, skip
 
     def _head(self, skip: Tensor) -> Tensor:

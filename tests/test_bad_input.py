@@ -115,6 +115,10 @@ def bad_recipe_inside(p: Place) -> Path:
 
 
 SEGMENT = "teacher.training.segment_frames"
+PRECISION = ("--set", "teacher.training.precision=fp8")
+ACCUMULATE = ("--set", "teacher.training.accumulate=2")
+COMPILE = ("--set", "teacher.training.compile=true")
+OWN = ("--set", "student.teacher=nowhere:load", "--set", "student.loss.kl_estimator=mc")
 MEL = np.full((40, 12), -5.0, np.float32)
 Case = Callable[[Place], list[str]]
 CASES: dict[str, tuple[int, str, Case]] = {
@@ -167,6 +171,11 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "kind of corpus": (2, "corpus", lambda p: p.change('kind = "folder"', 'kind = "magic"')),
     "no equals sign": (2, "--set seed: expected key=value", lambda p: [*p.stage("prepare"), "--set", "seed"]),
     "value as section": (2, "seed is a value", lambda p: [*p.stage("prepare"), "--set", "seed.x=1"]),
+    "precision": (2, "teacher.training.precision = 'fp8'", lambda p: [*p.again("teacher"), *PRECISION]),
+    "uneven shares": (2, "cannot be shared out evenly", lambda p: [*p.again("teacher"), *ACCUMULATE]),
+    "no compiler": (2, "there is no a compiler", lambda p: [*p.again("teacher"), *COMPILE]),
+    "storage": (2, "prepare.storage = 'zip'", lambda p: [*p.stage("prepare"), "--set", "prepare.storage=zip"]),
+    "no such teacher": (2, "No module named 'nowhere'", lambda p: [*p.stage("run", "--until", "student"), *OWN]),
     # Corpora.
     "no corpus": (1, "not exist", lambda p: then(shutil.rmtree(p.voice), p.stage("prepare"))),
     "corpus is a file": (1, "a file", lambda p: then((shutil.rmtree(p.voice), p.file("voice")), p.stage("prepare"))),
@@ -188,6 +197,7 @@ CASES: dict[str, tuple[int, str, Case]] = {
         ".wav: cannot be read",
         lambda p: then([f.write_text("words") for f in sounds(p)], p.again("teacher")),
     ),
+    "half a sound": (1, ".wav: cannot be read", lambda p: then(damaged(*sounds(p)), p.again("teacher"))),
     "half an F0": (1, "f0.npy: cannot be read", lambda p: then(damaged(*sounds(p, "npy")), p.again("teacher"))),
     "all states damaged": (
         1,
@@ -252,6 +262,7 @@ def test_bad_input_ends_in_one_line_that_names_it(
     before = contents(place)
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["wavedistill", *command])
+    monkeypatch.setenv("CXX", "a compiler")
     with pytest.raises(SystemExit) as ended:
         main()
     for lock in LOCKS:

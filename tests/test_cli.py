@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from tests.conftest import RECIPES, REPOSITORY, speech_like
 from wavedistill.audio import LogMel
 from wavedistill.checkpoint import load_model
+from wavedistill.cli import main
 from wavedistill.config import Gates, load_recipe
 from wavedistill.experiment import Experiment, run_stage
 from wavedistill.stages import STAGES, benchmark
@@ -23,9 +26,15 @@ from wavedistill.training import saved_states
 TINY = str(RECIPES / "tiny.toml")
 
 
-def wavedistill(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from wavedistill.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def wavedistill(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """What a command says and ends with; in this process, because a new one takes seconds to start."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        patch.setattr(sys, "argv", ["wavedistill", *map(str, arguments)])
+        patch.chdir(REPOSITORY)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    code = ended.value.code
+    return subprocess.CompletedProcess(sys.argv, code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
 
 
 def fails(code: int, message: str, *arguments: str | Path) -> None:
@@ -44,7 +53,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny experiment after a whole run."""
     root = tmp_path_factory.mktemp("exp")
     pytest.importorskip("py_nanotts", reason="the tiny recipe's speech is made by the package py-nanotts")
-    result = wavedistill("run", TINY, "--exp", root, "--device", "cpu")
+    command = [Path(sys.executable).with_name("wavedistill"), "run", TINY, "--exp", root, "--device", "cpu"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == list(STAGES), "one line of result a stage"

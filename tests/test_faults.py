@@ -1,6 +1,8 @@
 """A true training in a process of its own, killed without warning, again and again: nothing finished is lost."""
 
+import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -31,8 +33,8 @@ class Training:
         for key, value in settings.items():
             self._options += ["--set", f"{key}={value}"]
 
-    def start(self, *words: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "wavedistill", *words, *map(str, self._options)]
+    def start(self, *words: str, before: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+        command = [*before, sys.executable, "-m", "wavedistill", *words, *map(str, self._options)]
         return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def finish(self, *words: str) -> None:
@@ -100,6 +102,31 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path: Path, corpus: 
     assert "Traceback" not in errors
     assert (training.folder / ".lock").exists()
     training.finish("teacher")  # the file alone refuses nobody
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written_is_named_and_left_alone(tmp_path: Path, corpus: Path) -> None:
+    # Who may write everywhere gives that up.
+    unprivileged = ("setpriv", "--bounding-set", "-dac_override") if os.geteuid() == 0 else ()
+    if unprivileged and shutil.which("setpriv") is None:
+        pytest.skip("root may write everywhere, and there is no setpriv to give that up")
+    training = Training(tmp_path / "exp", corpus, steps=10)
+    training.finish("run", "--until", "teacher")
+    before = {path: path.read_bytes() for path in (training.folder / "teacher").glob("*.safetensors")}
+    longer = Training(tmp_path / "exp", corpus, steps=20)
+    for folder in (training.folder / ".stamps", training.folder / "teacher"):
+        folder.chmod(0o555)
+        process = longer.start("teacher", before=unprivileged)
+        _, errors = process.communicate()
+        folder.chmod(0o755)
+        assert process.returncode == 1, errors
+        (said,) = [line for line in errors.splitlines() if line.startswith("wavedistill: ")]
+        assert str(folder) in said
+        assert "Permission denied" in said
+        assert "Traceback" not in errors
+        assert {path: path.read_bytes() for path in before} == before
+    longer.finish("teacher")
+    assert longer.progress[0] == 20
 
 
 @pytest.mark.slow

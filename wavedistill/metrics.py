@@ -10,7 +10,6 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio
-from pystoi import stoi
 from torch import Tensor
 
 from wavedistill.audio import LOG_MEL_FLOOR, LogMel, mel_filters, pad_frames, rms_db, to_pcm16
@@ -58,6 +57,8 @@ class Scorer:
             synthesis: a whisper is near 0, the reference itself near 1. `level_difference_db` and `tilt_difference_db`,
             RMS level and spectral tilt of the synthesis less those of the reference.
         """
+        from pystoi import stoi  # here, because it takes most of a second, and every command would wait for it
+
         reference, rate = self.reference, self.settings.sample_rate
         f0, voicing = _pyin(synthesised, self.settings)
         return {

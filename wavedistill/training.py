@@ -3,7 +3,10 @@
 import copy
 import itertools
 import math
+import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,12 +79,18 @@ def fit(
 
     Raises:
         TrainingError: if the loss is not finite for long, or the training is interrupted.
-        RecipeError: if the batch cannot be shared out evenly.
+        RecipeError: if the batch cannot be shared out evenly, or there is no compiler where one is wanted.
         CorpusError: if no utterance is as long as a segment.
         CheckpointError: if every state of the earlier call is damaged, or none can be written.
     """
     settings, fabric = task.settings, launch(device)
     batches = Batches(task, manifest, audio_folder, recipe, fabric)
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # torch's own choice
+    if settings.compile and not shutil.which(compiler):
+        raise RecipeError(
+            f"{task.kind}.training.compile = true needs a C++ compiler, and there is no {compiler}: install one, or "
+            "set it to false"
+        )
     learner = Learner(task, recipe, fabric)
     state = State(learner, fingerprint)
     state.restore(folder, settings.steps)

@@ -173,7 +173,7 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "value as section": (2, "seed is a value", lambda p: [*p.stage("prepare"), "--set", "seed.x=1"]),
     "precision": (2, "teacher.training.precision = 'fp8'", lambda p: [*p.again("teacher"), *PRECISION]),
     "uneven shares": (2, "cannot be shared out evenly", lambda p: [*p.again("teacher"), *ACCUMULATE]),
-    "no compiler": (2, "there is no a compiler", lambda p: [*p.again("teacher"), *COMPILE]),
+    "no compiler": (2, "needs a C++ compiler", lambda p: [*p.again("teacher"), *COMPILE]),
     "storage": (2, "prepare.storage = 'zip'", lambda p: [*p.stage("prepare"), "--set", "prepare.storage=zip"]),
     "no such teacher": (2, "No module named 'nowhere'", lambda p: [*p.stage("run", "--until", "student"), *OWN]),
     # Corpora.

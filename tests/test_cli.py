@@ -1,6 +1,7 @@
 """The command line as a user types it: the whole pipeline in miniature, waveforms from checkpoints, and mistakes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from wavedistill.checkpoint import load_model
 from wavedistill.cli import main
 from wavedistill.config import Gates, load_recipe
 from wavedistill.experiment import Experiment, run_stage
+from wavedistill.models import compiler
 from wavedistill.stages import STAGES, benchmark
 from wavedistill.stages.evaluate import gates
 from wavedistill.training import saved_states
@@ -158,6 +160,7 @@ def test_benchmark_compares_the_samplers_of_one_pair(tiny_run: Path) -> None:
         "compiled": "teacher",
         "parallel": "student",
         "streamed": "student",
+        **({"fused": "student"} if compiler() else {}),
     }
     assert {row["num_samples"] for name, row in rows.items() if name != "naive"} == {1600}
     assert rows["naive"]["num_samples"] == 5
@@ -224,7 +227,7 @@ def test_a_second_run_does_nothing_and_a_changed_setting_only_what_it_must(tiny_
     )
     lines = changed.stdout.splitlines()
     assert lines[:4] == [f"{name}: up to date" for name in list(STAGES)[:4]]
-    assert lines[4].startswith("benchmark: 1,600 samples, cpu, 1 thread: the streamed student draws ")
+    assert re.match(r"benchmark: 1,600 samples, cpu, 1 thread: the (streamed|fused) student draws ", lines[4])
     again = wavedistill("run", TINY, "--exp", tiny_run.parent, "--device", "cpu", "--from", "benchmark")
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[1].endswith("report.html")
@@ -267,7 +270,7 @@ def test_generate_gives_frames_times_hop_samples(tiny_run: Path, tmp_path: Path,
     else:
         refused = wavedistill("generate", checkpoint, inputs[0], "--out", tmp_path / "no", "--bf16")
         assert refused.returncode == 2
-        assert "only a student is drawn in bfloat16" in " ".join(refused.stderr.split())
+        assert "--bf16: is for students" in " ".join(refused.stderr.split())
     cold = generate("cold", "--temperature", "0")
     for name, wave in first.items():
         assert np.array_equal(wave, again[name])

@@ -17,6 +17,7 @@ from wavedistill.compiled import AHEAD, _exponential, _solve_mixture
 from wavedistill.config import Recipe
 from wavedistill.flows import Affine, Autoregressive, Elementwise, MixtureCdf, StandardLogistic, StandardNormal
 from wavedistill.linear_prediction import LinearPredictionFromMel
+from wavedistill.models import compiler
 from wavedistill.sampling import (
     STREAM_VALUES,
     Solver,
@@ -163,6 +164,21 @@ def test_a_stream_equals_one_pass(pieces: int, pitch: bool, monkeypatch: pytest.
     blocks = list(stream(model, mel.split(pieces, -1), slices(z)))
     assert max(block.shape[1] for block in blocks) <= 24
     torch.testing.assert_close(torch.cat(blocks, 1), sample(model(mel), z), rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler() is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_stream_by_compiled_networks_equals_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of full length are compiled, once; the short ones at the ends of pieces are not."""
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6)
+    model, mel, z = small_model("student"), small_mel(2, 38), noise(2, 38 * 8)
+    torch._dynamo.reset()
+    blocks = list(stream(model, mel.split([21, 19], -1), slices(z), compiled=True))
+    assert {block.shape[1] for block in blocks} > {24}
+    torch.testing.assert_close(torch.cat(blocks, 1), sample(model(mel), z), rtol=0, atol=1e-9)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        again = list(stream(model, mel.split([21, 19], -1), slices(z), compiled=True))
+    assert all(map(torch.equal, blocks, again))
 
 
 MEMORY = """

@@ -17,6 +17,7 @@ from wavedistill.engine import launch
 from wavedistill.errors import RecipeError, UserError
 from wavedistill.experiment import Experiment, run_stage
 from wavedistill.memory import keep_freed_memory
+from wavedistill.models import compiler
 from wavedistill.progress import note
 from wavedistill.sampling import sample, slices, stream
 from wavedistill.stages import STAGES
@@ -129,6 +130,9 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0, help="Scale of the noise; below 1 is cleaner and less varied.")
     ] = 1.0,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Compile a student first: half as fast again on a CPU, after half a minute.")
+    ] = False,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="A student's networks in bfloat16, for GPUs that are faster at it.")
     ] = False,
@@ -142,8 +146,11 @@ def generate(
     Example: `wavedistill generate exp/demo/student/checkpoint.safetensors *.wav mel.npy --out out`
     """
     loaded = load_model(checkpoint, _device(device))
-    if bf16 and loaded.kind != "student":
-        raise typer.BadParameter(f"--bf16: {checkpoint} is a {loaded.kind}; only a student is drawn in bfloat16")
+    for name, wanted in (("--fused", fused), ("--bf16", bf16)):
+        if wanted and loaded.kind != "student":
+            raise typer.BadParameter(f"{name}: is for students, and {checkpoint} is a {loaded.kind}")
+    if fused and compiler() is None:
+        raise typer.BadParameter("--fused: needs a C++ compiler, g++ or the one that CXX names")
     outputs = [out / f"{path.stem}.wav" for path in inputs]
     for path, target in zip(inputs, outputs, strict=True):
         if outputs.count(target) > 1:
@@ -152,14 +159,16 @@ def generate(
             raise UserError(f"{path}: --out {out} would overwrite this input; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     for path, target in zip(inputs, outputs, strict=True):
-        wave, clipped = _synthesise(loaded, path, seed, temperature, bf16)
+        wave, clipped = _synthesise(loaded, path, seed, temperature, fused=fused, bf16=bf16)
         audio.write(target, wave, loaded.recipe.audio.sample_rate)
         typer.echo(f"{target}: {len(wave) / loaded.recipe.audio.sample_rate:.2f} s")
         if clipped:
             note(f"{target}: {clipped} samples were louder than 16 bits hold and are clipped")
 
 
-def _synthesise(loaded: Checkpoint, path: Path, seed: int, temperature: float, bf16: bool) -> tuple[Tensor, int]:
+def _synthesise(
+    loaded: Checkpoint, path: Path, seed: int, temperature: float, *, fused: bool, bf16: bool
+) -> tuple[Tensor, int]:
     """The waveform (T,) for one input file, and how many of its samples clip."""
     settings, context = loaded.recipe.audio, loaded.recipe.conditioning.context
     if path.suffix.lower() == ".npy":
@@ -174,7 +183,7 @@ def _synthesise(loaded: Checkpoint, path: Path, seed: int, temperature: float, b
     noise = model.base.noise((1, length), random_stream(seed)).to(mel) * temperature
     if loaded.kind == "student":
         with torch.autocast(mel.device.type, torch.bfloat16, enabled=bf16):
-            wave = torch.cat([block[0].cpu() for block in stream(model, [mel], slices(noise))])
+            wave = torch.cat([block[0].cpu() for block in stream(model, [mel], slices(noise), compiled=fused)])
     else:
         with torch.inference_mode():
             wave = sample(model(mel), noise, label=path.name)[0].cpu()

@@ -1,6 +1,9 @@
 """Teacher and student: the only place where a network meets a flow."""
 
 import math
+import os
+import shutil
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -195,6 +198,12 @@ def build(kind: str, recipe: Recipe, seed: int) -> WaveformModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return {"teacher": teacher, "student": student}[kind](recipe)
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile uses on a CPU, None where there is none."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return name if shutil.which(name) else None
 
 
 def compile_networks(model: nn.Module) -> None:

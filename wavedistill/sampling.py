@@ -6,6 +6,7 @@ being produced (x of the teacher, or z of a student flow that is inverted). A `S
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -146,7 +147,9 @@ def sample(distribution: FlowDistribution, noise: Tensor, solver: Solver = faste
 
 
 @torch.inference_mode()
-def stream(model: WaveformModel, mel: Iterable[Tensor], noise: Callable[[int], Tensor]) -> Iterator[Tensor]:
+def stream(
+    model: WaveformModel, mel: Iterable[Tensor], noise: Callable[[int], Tensor], *, compiled: bool = False
+) -> Iterator[Tensor]:
     """The waveform of a parallel model block by block, equal to that of one pass, in memory that does not grow.
 
     Every block goes through all flows while it is in the processor's caches, which makes this the fastest way on a CPU
@@ -157,6 +160,7 @@ def stream(model: WaveformModel, mel: Iterable[Tensor], noise: Callable[[int], T
         model: a student.
         mel: pieces (B, n_mels, any number of frames) of what the model would be called with, padding included.
         noise: gives the next n values (B, n) of the base noise.
+        compiled: whether torch compiles the networks first, for blocks of full length: faster after half a minute.
 
     Yields:
         Blocks (B, n) of the waveform, each a whole number of hops; together F * hop_length samples.
@@ -164,7 +168,7 @@ def stream(model: WaveformModel, mel: Iterable[Tensor], noise: Callable[[int], T
     Raises:
         ValueError: if the model has a flow that samples step by step.
     """
-    draw, margin = _ParallelBlocks(model, noise), model.margin
+    draw, margin = _ParallelBlocks(model, noise, compiled), model.margin
     ahead = PITCH_CONTEXT if model.pitch else 0
     # The frames that are known and still needed, the number of the first of them, and of the next to become a block.
     known, first, following = None, 0, 0
@@ -199,7 +203,7 @@ def slices(noise: Tensor) -> Callable[[int], Tensor]:
 class _ParallelBlocks:
     """Consecutive blocks of a parallel model's waveform; arguments as in `stream`."""
 
-    def __init__(self, model: WaveformModel, noise: Callable[[int], Tensor]) -> None:
+    def __init__(self, model: WaveformModel, noise: Callable[[int], Tensor], compiled: bool) -> None:
         self.model, self.noise = model, noise
         self.flows = [part for part in model.flows.parts if isinstance(part, Autoregressive)]
         if any(flow.reads == "x" for flow in self.flows):
@@ -207,18 +211,26 @@ class _ParallelBlocks:
         widest = max(conditioner_of(flow).wavenet.channels for flow in self.flows)
         values_a_frame = model.encoder.hop_length * widest
         self.most_frames = max(1, STREAM_VALUES[next(model.parameters()).device.type] // values_a_frame)
+        self._nets = [conditioner_of(flow) for flow in self.flows]
+        # Every other length would be compiled anew.
+        self._nets_of_full_blocks = self._nets
+        if compiled:
+            self._nets_of_full_blocks = [
+                cast(ConditionerNetwork, torch.compile(net, dynamic=False)) for net in self._nets
+            ]
         self._states: list[WaveNetState] = []
         self._phase: Tensor | None = None
         self._tail: Tensor | None = None
 
     def __call__(self, mel: Tensor, f0: Tensor | None) -> Tensor:
         """The next F * hop_length samples, from log-mel (B, n_mels, F + 2 context) and F0 (B, F + 2 context)."""
-        model, nets = self.model, [conditioner_of(flow) for flow in self.flows]
+        model, frames = self.model, mel.shape[-1] - 2 * self.model.margin
         context, self._phase = model.context(mel, f0, self._phase)
-        x = self.noise((mel.shape[-1] - 2 * model.margin) * model.encoder.hop_length)
+        x = self.noise(frames * model.encoder.hop_length)
         if not self._states:
             room = self.most_frames * model.encoder.hop_length
-            self._states = [WaveNetState(net.wavenet, len(x), room) for net in nets]
+            self._states = [WaveNetState(net.wavenet, len(x), room) for net in self._nets]
+        nets = self._nets_of_full_blocks if frames == self.most_frames else self._nets
         for flow, net, state in zip(self.flows, nets, self._states, strict=True):
             x, _ = flow.elementwise.to_x(x, *net(x, context, state))
         if not isinstance(model.shared, LinearPrediction):

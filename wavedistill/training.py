@@ -3,10 +3,7 @@
 import copy
 import itertools
 import math
-import os
-import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +20,7 @@ from wavedistill.config import Recipe, Training
 from wavedistill.data import Batch, Manifest, Segments, Streams, random_stream
 from wavedistill.engine import launch, tensorboard
 from wavedistill.errors import CheckpointError, RecipeError, TrainingError
-from wavedistill.models import WaveformModel, build, compile_networks
+from wavedistill.models import WaveformModel, build, compile_networks, compiler
 from wavedistill.progress import note, progress
 from wavedistill.tasks import Task
 
@@ -85,11 +82,10 @@ def fit(
     """
     settings, fabric = task.settings, launch(device)
     batches = Batches(task, manifest, audio_folder, recipe, fabric)
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # torch's own choice
-    if settings.compile and not shutil.which(compiler):
+    if settings.compile and compiler() is None:
         raise RecipeError(
-            f"{task.kind}.training.compile = true needs a C++ compiler, and there is no {compiler}: install one, or "
-            "set it to false"
+            f"{task.kind}.training.compile = true needs a C++ compiler, g++ or the one that CXX names, and there is "
+            "none: install one, or set it to false"
         )
     learner = Learner(task, recipe, fabric)
     state = State(learner, fingerprint)

@@ -27,7 +27,7 @@ from wavedistill.engine import launch
 from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import Autoregressive
 from wavedistill.memory import keep_freed_memory
-from wavedistill.models import WaveformModel, build, compile_networks
+from wavedistill.models import WaveformModel, build, compile_networks, compiler
 from wavedistill.progress import progress
 from wavedistill.tasks import student_task, teacher_task
 from wavedistill.training import Batches, Learner
@@ -61,7 +61,7 @@ class Job(NamedTuple):
     """One row to measure; `layers` asks for an untrained student of so many in place of the trained one."""
 
     model: Kind
-    sampler: Literal["naive", "cached", "compiled", "graphed", "parallel", "streamed"]
+    sampler: Literal["naive", "cached", "compiled", "graphed", "parallel", "streamed", "fused"]
     threads: int
     batch_size: int
     num_samples: int
@@ -119,7 +119,7 @@ def _write(experiment: Experiment, path: Path, rows: list[dict[str, Any]], summa
 
 
 def jobs(recipe: Recipe, device: torch.device, lengths: Iterable[tuple[int, float]]) -> list[Job]:
-    """Every sampler of the trained pair, for batch sizes and seconds."""
+    """Every sampler of the trained pair, for batch sizes and seconds; fused is streamed by compiled networks."""
     sequential: Literal["compiled", "graphed"] | None
     sequential = "compiled" if device.type == "cpu" else "graphed" if recipe.teacher.components == 1 else None
     found = []
@@ -134,6 +134,8 @@ def jobs(recipe: Recipe, device: torch.device, lengths: Iterable[tuple[int, floa
                 found.append(Job("teacher", sequential, threads, batch_size, samples))
             found.append(Job("student", "parallel", threads, batch_size, samples))
             found.append(Job("student", "streamed", threads, batch_size, samples))
+            if device.type == "cpu" and compiler():
+                found.append(Job("student", "fused", threads, batch_size, samples))
     # There is no sampler of a density of the user's own.
     return [job for job in found if job.model == "student" or not recipe.student.teacher]
 
@@ -397,11 +399,12 @@ def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable
     def random(count: int, generator: torch.Generator) -> Tensor:
         return model.base.noise((job.batch_size, count), generator).to(device)
 
-    if job.sampler == "streamed":
+    if job.sampler in ("streamed", "fused"):
+        fused = job.sampler == "fused"
 
         def stream(first: int | None = None) -> None:
             generator = random_stream(recipe.seed)
-            for wave in sampling.stream(model, pieces(), lambda count: random(count, generator)):
+            for wave in sampling.stream(model, pieces(), lambda count: random(count, generator), compiled=fused):
                 if first is not None:
                     break
                 del wave

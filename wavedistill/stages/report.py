@@ -52,6 +52,7 @@ COLOURS = {
     "graphed": "#a3567a",
     "parallel": "#3b6ea5",
     "streamed": "#5f9ed1",
+    "fused": "#1f4e79",
 }
 SHOWN_CLIPS = 3
 

@@ -134,7 +134,7 @@ def jobs(recipe: Recipe, device: torch.device, lengths: Iterable[tuple[int, floa
                 found.append(Job("teacher", sequential, threads, batch_size, samples))
             found.append(Job("student", "parallel", threads, batch_size, samples))
             found.append(Job("student", "streamed", threads, batch_size, samples))
-            if device.type == "cpu" and compiler():
+            if _fuses(device):
                 found.append(Job("student", "fused", threads, batch_size, samples))
     # There is no sampler of a density of the user's own.
     return [job for job in found if job.model == "student" or not recipe.student.teacher]
@@ -144,10 +144,9 @@ def sized_jobs(recipe: Recipe, device: torch.device) -> list[Job]:
     """Untrained students of several sizes, for the point where they are as fast as the teacher's best sampler."""
     layers = [max(1, round(share * recipe.teacher.layers)) for share in CROSSOVER]
     samples = _samples(recipe, CROSSOVER_SECONDS)
+    sampler: Literal["streamed", "fused"] = "fused" if _fuses(device) else "streamed"
     return [
-        Job("student", "streamed", threads, 1, samples, count)
-        for threads in _threads(recipe, device)
-        for count in layers
+        Job("student", sampler, threads, 1, samples, count) for threads in _threads(recipe, device) for count in layers
     ]
 
 
@@ -353,6 +352,11 @@ def _alone(call: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
     """The result of a call in a process of its own, which inherits no memory, threads or caches."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=keep_freed_memory) as pool:
         return pool.submit(call, *args).result()
+
+
+def _fuses(device: torch.device) -> bool:
+    """Whether a student's networks are compiled for its fastest sampler; on a GPU this has never been tried."""
+    return device.type == "cpu" and compiler() is not None
 
 
 def _threads(recipe: Recipe, device: torch.device) -> Sequence[int]:

@@ -151,7 +151,7 @@ def crossover_plot(rows: list[dict[str, Any]]) -> Figure:
         xscale="log",
         yscale="log",
         xlabel="operations a sample, student over teacher",
-        ylabel="samples/s, streamed student over teacher",
+        ylabel=f"samples/s, {sized[0]['sampler']} student over teacher",
     )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")

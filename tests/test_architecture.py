@@ -9,8 +9,8 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "wavedistill"
 LAYERS = [
-    {"engine", "errors", "files", "memory", "progress"},
-    {"config", "flows", "wavenet"},
+    {"errors", "files", "memory", "progress"},
+    {"config", "engine", "flows", "wavenet"},
     {"audio", "losses", "pitch"},
     {"linear_prediction", "data", "corpora", "metrics"},
     {"models"},

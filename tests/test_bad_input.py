@@ -173,9 +173,10 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "value as section": (2, "seed is a value", lambda p: [*p.stage("prepare"), "--set", "seed.x=1"]),
     "precision": (2, "teacher.training.precision = 'fp8'", lambda p: [*p.again("teacher"), *PRECISION]),
     "uneven shares": (2, "cannot be shared out evenly", lambda p: [*p.again("teacher"), *ACCUMULATE]),
-    "no compiler": (2, "needs a C++ compiler", lambda p: [*p.again("teacher"), *COMPILE]),
+    "no compiler": (2, "need a C++ compiler", lambda p: [*p.again("teacher"), *COMPILE]),
     "storage": (2, "prepare.storage = 'zip'", lambda p: [*p.stage("prepare"), "--set", "prepare.storage=zip"]),
     "no such teacher": (2, "No module named 'nowhere'", lambda p: [*p.stage("run", "--until", "student"), *OWN]),
+    "fused without": (2, "need a C++ compiler", lambda p: [*p.generate(p.voice / "0.wav"), "--fused"]),
     # Corpora.
     "no corpus": (1, "not exist", lambda p: then(shutil.rmtree(p.voice), p.stage("prepare"))),
     "corpus is a file": (1, "a file", lambda p: then((shutil.rmtree(p.voice), p.file("voice")), p.stage("prepare"))),

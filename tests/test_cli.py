@@ -267,6 +267,9 @@ def test_generate_gives_frames_times_hop_samples(tiny_run: Path, tmp_path: Path,
         lowered = generate("lowered", "--seed", "3", "--bf16")
         for name, wave in first.items():
             assert 0 < np.square(lowered[name] - wave).mean() < 1e-3 * np.square(wave).mean(), name
+        if compiler():
+            fused = generate("fused", "--seed", "3", "--fused")
+            assert all(np.abs(fused[name] - wave).max() <= 2 / 32768 for name, wave in first.items())
     else:
         refused = wavedistill("generate", checkpoint, inputs[0], "--out", tmp_path / "no", "--bf16")
         assert refused.returncode == 2
@@ -291,7 +294,7 @@ def test_generate_names_what_it_cannot_use(tiny_run: Path, tmp_path: Path) -> No
     (state, *_) = saved_states(tiny_run / "student")
     fails(1, "give the checkpoint.safetensors", "generate", state, tmp_path / "good.wav", "--out", out)
     good = ("generate", checkpoint, tmp_path / "good.wav", "--out", out, "--device")
-    fails(2, "--device tpu: not available here", *good, "tpu")
+    fails(2, "--device tpu: not a device", *good, "tpu")
     fails(2, "--device meta: not supported", *good, "meta")
     np.save(tmp_path / "db.npy", np.linspace(-80, 0, 800).reshape(40, 20))
     fails(1, "is it in decibels", "generate", checkpoint, tmp_path / "db.npy", "--out", out)

@@ -16,10 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import RECIPES, REPOSITORY, write_voice
 from wavedistill import checkpoint
+from wavedistill.cli import main
 from wavedistill.config import Recipe
 from wavedistill.data import Manifest
 from wavedistill.engine import launch
-from wavedistill.errors import RecipeError
+from wavedistill.errors import RecipeError, UserError
 from wavedistill.tasks import teacher_task
 from wavedistill.training import Batches, saved_states
 
@@ -61,9 +62,8 @@ class Runs:
     def losses(self, exp: str, kind: str) -> dict[str, list[float]]:
         log = EventAccumulator(str(self.root / exp / "tiny" / kind / "tensorboard"))
         log.Reload()
-        return {
-            name: [event.value for event in log.Scalars(name)] for name in log.Tags()["scalars"] if "/s" not in name
-        }
+        names = set(log.Tags()["scalars"]) - {"train/steps_per_second"}
+        return {name: [event.value for event in log.Scalars(name)] for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,17 @@ def test_a_batch_in_parts_has_the_losses_of_a_whole_one(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+def test_processes_parts_and_bfloat16_together_come_close(runs: Runs) -> None:
+    shutil.copytree(runs.root / "prepared", runs.root / "all")
+    changes = {f"{kind}.training.accumulate": 2 for kind in KINDS}
+    changes |= {f"{kind}.training.precision": "bf16-mixed" for kind in KINDS}
+    runs.finish(*TORCHRUN, *ONE_MACHINE, *runs.command("all", "run", "--until", "student", **changes))
+    for kind, term in (("teacher", "train/nll"), ("student", "train/kl"), ("student", "train/spectral")):
+        one, other = (torch.tensor(runs.losses(name, kind)[term]) for name in ("one", "all"))
+        assert 0 < (one - other).abs().max() < 0.01, term
+
+
+@pytest.mark.slow
 def test_terminated_processes_save_and_a_single_one_goes_on(runs: Runs) -> None:
     shutil.copytree(runs.root / "prepared", runs.root / "stopped")
     folder = runs.root / "stopped" / "tiny" / "teacher"
@@ -146,8 +157,35 @@ def test_what_one_process_does_alone_is_refused_to_two(runs: Runs) -> None:
     process = runs.start(*TORCHRUN, *ONE_MACHINE, *runs.command("alone", "prepare"))
     _, errors = process.communicate()
     assert process.returncode != 0
-    assert "run the prepare stage without torchrun: one process does it alone" in errors
+    assert errors.count("run the prepare stage without torchrun: one process does it alone") == 2
     assert not (runs.root / "alone" / "tiny" / "manifest.json").exists()
+    process = runs.start(*TORCHRUN, *ONE_MACHINE, *runs.command("alone", "teacher"))
+    _, errors = process.communicate()
+    assert errors.count("the prepare stage has not finished") == 2, "found by the first, told to all"
+    assert "Error:" not in errors.replace("ChildFailedError:", "")
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "device", "message"),
+    [(2, 2, "cuda", "2 processes on a machine with"), (3, 2, "cpu", "the same --nproc-per-node")],
+)
+def test_processes_that_do_not_fit_the_machines_are_refused(
+    world: int, local: int, device: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "a"), ("WORLD_SIZE", world), ("LOCAL_WORLD_SIZE", local)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=message):
+        launch(torch.device(device))
+
+
+def test_a_waveform_is_one_process_s_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["wavedistill", "generate", "model", "a.wav", "--out", "out"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "generate: run it without torchrun" in capsys.readouterr().err
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tiny: Recipe, tmp_path: Path) -> None:

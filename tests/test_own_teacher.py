@@ -20,7 +20,9 @@ from wavedistill.config import Recipe, validate_recipe
 from wavedistill.data import Batch, random_stream
 from wavedistill.distillation import Distillation, DistillationFromDensity
 from wavedistill.errors import RecipeError
+from wavedistill.experiment import Experiment
 from wavedistill.models import WaveformModel, build
+from wavedistill.stages import STAGES
 
 MODULE = '''
 """Independent Gaussian samples, half as loud as the recordings, whatever the log-mel: a density of someone's own."""
@@ -133,6 +135,42 @@ def test_a_density_that_cannot_be_used_is_named(tmp_path: Path, own: dict[str, A
         assert "Traceback" not in done.stderr
 
 
+def test_the_source_of_its_module_is_an_input(
+    tmp_path: Path, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a student of another version of it is not up to date."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "flow.py").write_text("load = None")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own["student"]["teacher"] = "package.flow:load"
+    experiment = Experiment(validate_recipe(own, "own.toml"), tmp_path, torch.device("cpu"))
+    assert tmp_path / "package" / "flow.py" in STAGES["student"].inputs(experiment)
+    assert tmp_path / "package" / "flow.py" in STAGES["evaluate"].inputs(experiment)
+
+
+def test_it_computes_as_precisely_as_it_likes_beside_networks_in_bfloat16(
+    own: dict[str, Any], tiny_model: Callable[[str], WaveformModel]
+) -> None:
+    recipe = validate_recipe(own, "own.toml")
+    seen = []
+
+    class Density:
+        def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+            product = x @ torch.eye(x.shape[1])
+            seen.append((x.dtype, product.dtype))
+            return product.square().sum(-1)
+
+    frames, context, hop = 6, recipe.conditioning.context, recipe.audio.hop_length
+    audio = 0.1 * noise(1, (frames + 2 * context) * hop).float()
+    mel = LogMel(recipe.audio).of_file(audio)
+    batch = Batch(audio[:, context * hop : -context * hop], audio, mel, torch.zeros(1, mel.shape[2]))
+    objective = DistillationFromDensity(lambda mel: Density(), recipe, audio.device)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = objective.terms(build("student", recipe, 0), batch, [random_stream(0)])
+    assert seen == [(torch.float32, torch.float32)]
+    assert {term.dtype for term in found.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
@@ -141,6 +179,7 @@ def test_a_density_that_cannot_be_used_is_named(tmp_path: Path, own: dict[str, A
         ("loss", "x_reconstruction", 1.0),
         ("loss", "z_reconstruction", 1.0),
         (None, "teacher", "no_function"),
+        (None, "teacher", ".relative:load"),
     ],
 )
 def test_a_recipe_that_asks_more_of_it_is_refused(own: dict[str, Any], section: str, key: str, value: Any) -> None:

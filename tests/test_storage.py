@@ -1,9 +1,11 @@
 """Prepared audio in its three kinds of storage, and what is written whole or not at all."""
 
 import io
+import itertools
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 import webdataset
 
 from tests.conftest import write_voice
+from wavedistill import audio
 from wavedistill.checkpoint import load, save_model
 from wavedistill.config import Recipe, validate_recipe
 from wavedistill.data import Manifest, Segments, random_stream, read_f0, read_samples
@@ -70,6 +73,33 @@ def test_shards_are_those_of_webdataset(prepared: dict[str, Experiment]) -> None
         assert {(member.mtime, member.uid) for member in tar} == {(0, 0)}, "the same bytes each time"
 
 
+def test_a_packing_that_was_interrupted_goes_on(
+    tmp_path: Path, prepared: dict[str, Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is prepared anew, and the archives are those of one that was not."""
+    whole = prepared["shards"]
+    experiment = Experiment(whole.recipe, tmp_path / "again", whole.device)
+    written = itertools.count()
+
+    def interrupted(*args: Any, **options: Any) -> tarfile.TarFile:
+        if next(written) == 3:
+            raise KeyboardInterrupt
+        return tarfile.TarFile.open(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wavedistill.stages.prepare.tarfile.open", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(prepare.stage, experiment)
+    assert not experiment.audio.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("wavedistill.stages.prepare._clips", None)
+        run_stage(prepare.stage, experiment)
+    first, second = ({path.name: path.read_bytes() for path in e.audio.iterdir()} for e in (whole, experiment))
+    assert first == second
+    assert {path.name for path in experiment.root.iterdir()} >= {"audio", "manifest.json", "prepare.json"}
+    assert not (experiment.root / "audio.partial").exists()
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_lost_audio_is_named_and_prepared_anew(prepared: dict[str, Experiment], storage: str) -> None:
     experiment = prepared[storage]
@@ -111,6 +141,16 @@ def test_a_stretch_of_a_file_reads_as_a_file(tmp_path: Path) -> None:
         assert (stretch.tell(), stretch.read(2)) == (7, content[27:29])
         stretch.seek(99)
         assert stretch.read() == b""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.wav"
+    (tmp_path / "a.wav.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.wav'"):
+        audio.write(path, torch.zeros(100_000), 16000)
+    assert not path.exists()
+    assert not capfd.readouterr().err
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

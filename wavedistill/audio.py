@@ -1,5 +1,6 @@
 """Audio files, levels and log-mel."""
 
+import io
 import zipfile
 from pathlib import Path
 
@@ -114,8 +115,10 @@ def clipped_share(samples: np.ndarray) -> float:
 
 def write(path: Path, audio: Tensor, sample_rate: int) -> None:
     """Write audio (T,) in [-1, 1] with 16 bits as the kind of file its suffix says; larger values clip."""
-    with replacing(path) as file:  # which says what is wrong with a place that cannot be written
-        soundfile.write(file, to_pcm16(audio), sample_rate, subtype="PCM_16", format=path.suffix.removeprefix("."))
+    content = io.BytesIO()
+    soundfile.write(content, to_pcm16(audio), sample_rate, subtype="PCM_16", format=path.suffix.removeprefix("."))
+    with replacing(path) as file:
+        file.write(content.getbuffer())
 
 
 def to_pcm16(audio: Tensor) -> np.ndarray:

@@ -13,11 +13,10 @@ from wavedistill import __version__, audio
 from wavedistill.checkpoint import Checkpoint, load_model
 from wavedistill.config import load_recipe
 from wavedistill.data import random_stream
-from wavedistill.engine import launch
+from wavedistill.engine import launch, processes
 from wavedistill.errors import RecipeError, UserError
 from wavedistill.experiment import Experiment, run_stage
 from wavedistill.memory import keep_freed_memory
-from wavedistill.models import compiler
 from wavedistill.progress import note
 from wavedistill.sampling import sample, slices, stream
 from wavedistill.stages import STAGES
@@ -108,6 +107,7 @@ def benchmark(
     """One stage, and two tables that are measured anew whenever they are asked for."""
     if not (full or train):
         return _run(["benchmark"], recipe, overrides, root, device)
+    _refuse_torchrun("benchmark")
     experiment = _experiment(recipe, overrides, root, device)
     for wanted, measure in ((full, run_full), (train, run_train)):
         if wanted:
@@ -145,12 +145,11 @@ def generate(
 
     Example: `wavedistill generate exp/demo/student/checkpoint.safetensors *.wav mel.npy --out out`
     """
+    _refuse_torchrun("generate")
     loaded = load_model(checkpoint, _device(device))
     for name, wanted in (("--fused", fused), ("--bf16", bf16)):
         if wanted and loaded.kind != "student":
             raise typer.BadParameter(f"{name}: is for students, and {checkpoint} is a {loaded.kind}")
-    if fused and compiler() is None:
-        raise typer.BadParameter("--fused: needs a C++ compiler, g++ or the one that CXX names")
     outputs = [out / f"{path.stem}.wav" for path in inputs]
     for path, target in zip(inputs, outputs, strict=True):
         if outputs.count(target) > 1:
@@ -209,14 +208,18 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(
-            f"--device {name}: not available here ({str(error).splitlines()[0]}); try cpu"
-        ) from error
+    except RuntimeError as error:
+        raise typer.BadParameter(f"--device {name}: not a device; try cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise typer.BadParameter(f"--device {name}: not supported; try cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise typer.BadParameter(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; try cpu")
     return device
+
+
+def _refuse_torchrun(command: str) -> None:
+    if processes() > 1:
+        raise UserError(f"{command}: run it without torchrun: one process does it alone")
 
 
 def _version(wanted: bool) -> None:

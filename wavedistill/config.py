@@ -235,7 +235,7 @@ class StudentLoss(Section):
 class Student(Section):
     """The inverse autoregressive flows that are distilled from the teacher."""
 
-    teacher: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    teacher: Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$")] | None = None
     """Import path "module:function" of a density of the user's own to distil from, in place of the recipe's teacher."""
     base: Literal["normal", "logistic"]
     flow_layers: Integers

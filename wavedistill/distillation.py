@@ -132,8 +132,9 @@ class DistillationFromDensity(Objective):
         noise = _noise(q.base, (batch.audio.shape[1],), batch.audio, streams)
         x, log_q = q.rsample_and_log_prob(noise)
 
-        def kl(p: Density) -> Tensor:
-            log_p = p.log_prob(x)
+        def kl(mel: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                log_p = self.teacher(mel).log_prob(x)
             if log_p.shape != log_q.shape:
                 raise RecipeError(
                     f"student.teacher: its log_prob gave shape {tuple(log_p.shape)} for waveforms {tuple(x.shape)}; it "
@@ -141,9 +142,9 @@ class DistillationFromDensity(Objective):
                 )
             return (log_q - log_p) / x.shape[1]
 
-        found = {"kl": kl(self.teacher(batch.mel)), **self.spectra(x, batch.audio)}
+        found = {"kl": kl(batch.mel), **self.spectra(x, batch.audio)}
         if self.loss.contrastive:
-            found["contrastive"] = -kl(self.teacher(_elsewhere(batch.mel)))
+            found["contrastive"] = -kl(_elsewhere(batch.mel))
         if student.pitch is not None:
             found["pitch"] = student.pitch.loss(batch.mel, batch.f0)
         return {name: term.mean() for name, term in found.items()}

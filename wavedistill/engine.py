@@ -4,40 +4,75 @@ Fabric takes a second to import, so whoever asks for help or for a waveform does
 """
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
+
+from wavedistill.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+Found = TypeVar("Found")
 
 
 def launch(device: torch.device) -> "Fabric":
     """This process's part of the work: all of it, or, where `torchrun` started several, one of them.
 
     Those of one machine have a CUDA device each, or share the CPU.
+
+    Raises:
+        UserError: if there are fewer devices than processes, or the machines do not have equally many processes.
     """
     from lightning_fabric import Fabric
 
-    if not torch.distributed.is_torchelastic_launched():
+    if processes() == 1:
         devices = [device.index or 0] if device.type == "cuda" else 1
         fabric = Fabric(accelerator=device.type, devices=devices)
     else:
-        world, local = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        fabric = Fabric(
-            accelerator=device.type,
-            strategy="ddp" if world > 1 else "auto",
-            devices=local,
-            num_nodes=world // local,
-        )
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        if device.type == "cuda" and (device.index is not None or local > torch.cuda.device_count()):
+            raise UserError(
+                f"torchrun: {local} processes on a machine with {torch.cuda.device_count()} GPUs take one each, "
+                f"whatever --device {device} says: give --nproc-per-node as many at most, and --device cuda or cpu"
+            )
+        if processes() % local:
+            raise UserError("torchrun: give every machine the same --nproc-per-node")
+        fabric = Fabric(accelerator=device.type, strategy="ddp", devices=local, num_nodes=processes() // local)
     fabric.launch()
     return fabric
 
 
-def tensorboard(folder: Path, step: int) -> "TensorBoardLogger":
+def processes() -> int:
+    """How many processes `torchrun` started, on all machines; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
+
+
+def by_first(fabric: "Fabric", find: Callable[[], Found]) -> Found:
+    """What the first process finds, in all of them; what a user can mend is raised in all."""
+    found: Found | UserError | None = None
+    if fabric.is_global_zero:
+        try:
+            found = find()
+        except UserError as error:
+            found = error
+    found = fabric.broadcast(found)
+    if isinstance(found, UserError):
+        raise found
+    return cast(Found, found)
+
+
+@contextmanager
+def tensorboard(folder: Path, step: int) -> "Iterator[TensorBoardLogger]":
     """A log in a folder, of the first process alone; what an earlier call has logged after a step is dropped."""
     from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
-    return TensorBoardLogger(folder, "tensorboard", "", purge_step=step + 1 if step else 0)
+    log = TensorBoardLogger(folder, "tensorboard", "", purge_step=step + 1 if step else 0)
+    try:
+        yield log
+    finally:
+        log.finalize("")

@@ -1,10 +1,10 @@
 """The folder of one experiment: where the stages leave their files, and whether these are still current."""
 
 import hashlib
-import importlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from wavedistill.checkpoint import MODEL_FILE, Kind, load_model
 from wavedistill.config import Recipe
 from wavedistill.data import Manifest
 from wavedistill.distillation import Teacher
-from wavedistill.engine import launch
+from wavedistill.engine import by_first, launch
 from wavedistill.errors import CheckpointError, CorpusError, RecipeError, UserError
 from wavedistill.files import replacing
 from wavedistill.models import WaveformModel
@@ -50,12 +50,13 @@ class Experiment:
 
     @property
     def teacher_files(self) -> list[Path]:
-        """The trained teacher's file; none if the student is distilled from a density of the user's own."""
-        return [] if self.recipe.student.teacher else [self.checkpoint("teacher")]
+        """The trained teacher's file; the source of its module if it is a density of the user's own."""
+        path = self.recipe.student.teacher
+        return [self.checkpoint("teacher")] if path is None else [_source(path)]
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The files of the trained models."""
+        """The files of both models."""
         return [*self.teacher_files, self.checkpoint("student")]
 
     def corpus(self) -> Manifest:
@@ -154,8 +155,13 @@ def run_stage(stage: Stage, experiment: Experiment) -> str:
             several processes were started for a stage that one does alone.
     """
     fabric = launch(experiment.device)
-    with _lock(experiment.root) if fabric.is_global_zero else nullcontext():
-        needed = fabric.broadcast(_needed(stage, experiment) if fabric.is_global_zero else None)
+    with ExitStack() as held:
+
+        def begin() -> str | None:
+            held.enter_context(_lock(experiment.root))
+            return _needed(stage, experiment)
+
+        needed = by_first(fabric, begin)
         if needed is None:
             return f"{stage.name}: up to date"
         if fabric.world_size > 1 and not stage.shared:
@@ -211,9 +217,25 @@ def _imported(path: str) -> Callable[[Recipe, torch.device], Teacher]:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise RecipeError(
-            f'student.teacher = "{path}": {error}; its module must be importable, for instance with PYTHONPATH=.'
-        ) from error
+        raise _not_importable(path, str(error)) from error
+
+
+def _source(path: str) -> Path:
+    """The file of the module at an import path."""
+    module, _, _ = path.partition(":")
+    try:
+        found = importlib.util.find_spec(module)
+    except ImportError as error:
+        raise _not_importable(path, str(error)) from error
+    if found is None or found.origin is None:
+        raise _not_importable(path, f"No module named '{module}'")
+    return Path(found.origin)
+
+
+def _not_importable(path: str, why: str) -> RecipeError:
+    return RecipeError(
+        f'student.teacher = "{path}": {why}; its module must be importable, for instance with PYTHONPATH=.'
+    )
 
 
 def _architecture(recipe: Recipe) -> dict[str, Any]:

@@ -19,9 +19,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
         _sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         if partial.is_file():
             partial.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # of writing, which knows of no name
+            error.filename = str(path)
         raise
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavedistill.config import Recipe, Student, Teacher
+from wavedistill.errors import RecipeError
 from wavedistill.flows import (
     BASES,
     Affine,
@@ -206,8 +207,22 @@ def compiler() -> str | None:
     return name if shutil.which(name) else None
 
 
+def require_compiler(device: torch.device) -> None:
+    """Raise a `RecipeError` if compiling for a device needs a compiler that is not there."""
+    if device.type == "cpu" and compiler() is None:
+        raise RecipeError(
+            "training.compile = true and --fused need a C++ compiler, g++ or the one that CXX names: install one, or "
+            "do without"
+        )
+
+
 def compile_networks(model: nn.Module) -> None:
-    """Compile the conditioners of a model in place, for training; its weights and their names stay the same."""
+    """Compile the conditioners of a model in place, for training; its weights and their names stay the same.
+
+    Raises:
+        RecipeError: if the model is on the CPU, and there is no compiler.
+    """
+    require_compiler(next(model.parameters()).device)
     for module in model.modules():
         if isinstance(module, WaveNet):
             module.compile(dynamic=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from wavedistill.compiled import CompiledLoop
 from wavedistill.flows import Affine, Autoregressive, Composition, Context, FlowDistribution, Parameters, Transform
 from wavedistill.linear_prediction import LinearPrediction
-from wavedistill.models import ConditionerNetwork, WaveformModel
+from wavedistill.models import ConditionerNetwork, WaveformModel, require_compiler
 from wavedistill.pitch import PITCH_CONTEXT
 from wavedistill.progress import progress
 from wavedistill.wavenet import WaveNetState
@@ -167,6 +167,7 @@ def stream(
 
     Raises:
         ValueError: if the model has a flow that samples step by step.
+        RecipeError: if it is to be compiled, and there is no compiler.
     """
     draw, margin = _ParallelBlocks(model, noise, compiled), model.margin
     ahead = PITCH_CONTEXT if model.pitch else 0
@@ -215,6 +216,7 @@ class _ParallelBlocks:
         # Every other length would be compiled anew.
         self._nets_of_full_blocks = self._nets
         if compiled:
+            require_compiler(next(model.parameters()).device)
             self._nets_of_full_blocks = [
                 cast(ConditionerNetwork, torch.compile(net, dynamic=False)) for net in self._nets
             ]
@@ -226,7 +228,8 @@ class _ParallelBlocks:
         """The next F * hop_length samples, from log-mel (B, n_mels, F + 2 context) and F0 (B, F + 2 context)."""
         model, frames = self.model, mel.shape[-1] - 2 * self.model.margin
         context, self._phase = model.context(mel, f0, self._phase)
-        x = self.noise(frames * model.encoder.hop_length)
+        # What is compiled for one layout in memory, a view for instance, is compiled anew for another.
+        x = self.noise(frames * model.encoder.hop_length).clone(memory_format=torch.contiguous_format)
         if not self._states:
             room = self.most_frames * model.encoder.hop_length
             self._states = [WaveNetState(net.wavenet, len(x), room) for net in self._nets]

@@ -18,9 +18,9 @@ from wavedistill import checkpoint
 from wavedistill.audio import LOG_MEL_FLOOR
 from wavedistill.config import Recipe, Training
 from wavedistill.data import Batch, Manifest, Segments, Streams, random_stream
-from wavedistill.engine import launch, tensorboard
+from wavedistill.engine import by_first, launch, tensorboard
 from wavedistill.errors import CheckpointError, RecipeError, TrainingError
-from wavedistill.models import WaveformModel, build, compile_networks, compiler
+from wavedistill.models import WaveformModel, build, compile_networks
 from wavedistill.progress import note, progress
 from wavedistill.tasks import Task
 
@@ -82,20 +82,14 @@ def fit(
     """
     settings, fabric = task.settings, launch(device)
     batches = Batches(task, manifest, audio_folder, recipe, fabric)
-    if settings.compile and compiler() is None:
-        raise RecipeError(
-            f"{task.kind}.training.compile = true needs a C++ compiler, g++ or the one that CXX names, and there is "
-            "none: install one, or set it to false"
-        )
     learner = Learner(task, recipe, fabric)
-    state = State(learner, fingerprint)
-    state.restore(folder, settings.steps)
     if settings.compile:
         compile_networks(learner.model)
+    state = State(learner, fingerprint)
+    state.restore(folder, settings.steps)
     started, first_step = time.monotonic(), state.step
-    log = tensorboard(folder, state.step)
 
-    def validate() -> None:
+    def validate(log: "TensorBoardLogger") -> None:
         values = batches.validate(learner.average)
         if not all(map(math.isfinite, values.values())):
             raise _diverged(f"the validation loss is not finite at step {state.step} ({values})", task, folder)
@@ -103,6 +97,7 @@ def fit(
         state.keep_best(values, task, recipe, folder)
 
     with (
+        tensorboard(folder, state.step) as log,
         stop_signals() as stopped,
         progress(
             desc=f"{task.kind} (resumed)" if state.step else task.kind,
@@ -114,7 +109,7 @@ def fit(
     ):
         if state.best_step is None:
             state.save(folder)  # first, so that a checkpoint is never without a state, whenever the process dies
-            validate()
+            validate(log)
             state.save(folder)
         while state.step < settings.steps:
             terms, norm = learner.step(batches.of_step(state.step), state.step)
@@ -134,7 +129,7 @@ def fit(
                 norms = {"gradient_norm": norm, "parameter_norm": learner.parameter_norm()}
                 log.log_metrics({f"train/{name}": value for name, value in {**values, **norms}.items()}, state.step)
             if state.step % settings.validate_every == 0 or state.step == settings.steps:
-                validate()
+                validate(log)
                 if fabric.is_global_zero:
                     batches.preview(learner.average, log, state.step)
                 state.save(folder)
@@ -146,7 +141,6 @@ def fit(
                 )
         seconds = time.monotonic() - started
         log.log_metrics({"train/steps_per_second": (state.step - first_step) / seconds}, state.step)
-        log.finalize("success")
     assert state.best_step is not None
     return Outcome(state.best_step, state.best_valid, seconds)
 
@@ -335,7 +329,7 @@ class State:
 
     def restore(self, folder: Path, steps: int) -> None:
         """Take up the state in a folder; a folder of another training, or one beyond `steps`, is set aside."""
-        tensors, header = self.fabric.broadcast(self._saved(folder, steps) if self.fabric.is_global_zero else ({}, {}))
+        tensors, header = by_first(self.fabric, lambda: self._saved(folder, steps))
         if not header:
             return
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}

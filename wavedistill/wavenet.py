@@ -177,7 +177,7 @@ class WaveNet(nn.Module):
             y = self._gates(i, [*delays, h], own, (-1, self.repeat, batch_size))
             h, skip = self._layer(i, y, h, skip)
         if state is not None:
-            state.previous = x[:, -1:]
+            state.previous.copy_(x[:, -1:])
             state.advance(length)
         return self._head(skip).view(padded, batch_size, -1)[:length].transpose(0, 1)  # (T, B, out) -> (B, T, out)
 

@@ -1,4 +1,4 @@
-"""Time the samplers of one teacher-student pair: naive, cached, compiled or graphed, parallel and streamed."""
+"""Time the samplers of one teacher-student pair: naive, cached, compiled or graphed; parallel, streamed, fused."""
 
 import datetime
 import functools

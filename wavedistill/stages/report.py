@@ -12,6 +12,7 @@ import numpy as np
 import soundfile
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wavedistill import __version__
@@ -84,7 +85,12 @@ def run(experiment: Experiment) -> str:
         training_speed=train,
         crossover_plot=_png(crossover_plot(full["rows"])) if full and sized else None,
         speed_plot=_png(speed_plot(benchmark["rows"], experiment.recipe.audio.sample_rate)),
-        losses=[(kind, plot and _png(plot)) for kind in get_args(Kind) for plot in [loss_plot(experiment, kind)]],
+        losses=[
+            (kind, plot and _png(plot))
+            for kind in get_args(Kind)
+            if experiment.checkpoint(kind) in experiment.checkpoints
+            for plot in [loss_plot(experiment, kind)]
+        ],
         clips=[
             (clip, [(title, *_listen(experiment, system, clip)) for system, title in systems.items()])
             for clip in _clips(experiment)[:SHOWN_CLIPS]
@@ -154,8 +160,9 @@ def crossover_plot(rows: list[dict[str, Any]]) -> Figure:
         ylabel=f"samples/s, {sized[0]['sampler']} student over teacher",
     )
     for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.legend()
     return figure
 

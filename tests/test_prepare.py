@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import soundfile
 import torch
 
-from tests.conftest import speech_like
+from tests.conftest import RECIPES, REPOSITORY, speech_like
 from wavedistill import audio, stages
 from wavedistill.config import DebianCorpus, Recipe, validate_recipe
 from wavedistill.corpora import _command, sources
@@ -326,3 +328,30 @@ def test_f0_is_prepared_beside_the_audio(voice: Path, prepare: Prepare) -> None:
     path.unlink()
     prepare(voice)
     assert path.exists(), "prepared again, because a file was gone"
+
+
+WARM = """
+import os, sys, torch
+from pathlib import Path
+from wavedistill.config import load_recipe
+from wavedistill.stages import prepare
+
+def cached():
+    return set(Path(os.environ["NUMBA_CACHE_DIR"]).rglob("guf-*.nbc"))
+
+recipe = load_recipe(Path(sys.argv[1]))
+list(prepare.utterances(torch.ones(recipe.audio.sample_rate), recipe))
+before = cached()
+list(prepare.utterances(torch.randn(16 * recipe.audio.sample_rate) * torch.linspace(0, 1, 16 * 16000), recipe))
+print(len(before), len(cached() - before))
+"""
+
+
+@pytest.mark.slow
+def test_one_process_fills_the_cache_that_several_would_break(tmp_path: Path) -> None:
+    """What librosa compiles for a recording is compiled for the sound that `prepare` begins with."""
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", WARM, str(RECIPES / "tiny.toml")]
+    said = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()
+    assert int(said[0]) > 0
+    assert int(said[1]) == 0

@@ -132,6 +132,9 @@ def _prepared(sources: list[Source], recipe: Recipe, folder: Path) -> Iterator[R
         yield from map(one, sources)
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # What librosa compiles on its first use is cached here, before several processes would write that cache at once and
+    # break it: numba issue 10128, which ends in a segmentation fault.
+    list(utterances(torch.ones(recipe.audio.sample_rate), recipe))
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), initializer=_worker) as pool:
         try:
             yield from pool.map(one, sources, chunksize=4)

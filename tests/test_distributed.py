@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer import BadParameter
 
 from tests.conftest import RECIPES, REPOSITORY, write_voice
 from wavedistill import checkpoint
-from wavedistill.cli import main
+from wavedistill.cli import _device, main
 from wavedistill.config import Recipe
 from wavedistill.data import Manifest
 from wavedistill.engine import launch
@@ -177,6 +178,28 @@ def test_processes_that_do_not_fit_the_machines_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=message):
         launch(torch.device(device))
+
+
+def test_each_process_of_a_machine_takes_a_gpu_and_finds_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage launches anew on the device, now with a number, that its process was given at first."""
+    asked: list[dict[str, Any]] = []
+
+    class Recorder:
+        def __init__(self, **options: Any) -> None:
+            asked.append(options)
+
+        def launch(self) -> None:
+            pass
+
+    monkeypatch.setattr("lightning_fabric.Fabric", Recorder)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("TORCHELASTIC_RUN_ID", "a"), ("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    for device in ("cuda", "cuda:1"):
+        launch(torch.device(device))
+    assert asked == [{"accelerator": "cuda", "strategy": "ddp", "devices": 2, "num_nodes": 2}] * 2
+    with pytest.raises(BadParameter, match="try cuda"):
+        _device("cuda:1")
 
 
 def test_a_waveform_is_one_process_s_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,6 +214,10 @@ def _device(name: str) -> torch.device:
         raise typer.BadParameter(f"--device {name}: not supported; try cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise typer.BadParameter(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; try cpu")
+    if device.index is not None and processes() > 1:
+        raise typer.BadParameter(
+            f"--device {name}: of several processes each takes a GPU of its own; try {device.type}"
+        )
     return device
 
 

@@ -23,7 +23,7 @@ Found = TypeVar("Found")
 def launch(device: torch.device) -> "Fabric":
     """This process's part of the work: all of it, or, where `torchrun` started several, one of them.
 
-    Those of one machine have a CUDA device each, or share the CPU.
+    Those of one machine have a CUDA device each, whatever its number here, or share the CPU.
 
     Raises:
         UserError: if there are fewer devices than processes, or the machines do not have equally many processes.
@@ -35,10 +35,10 @@ def launch(device: torch.device) -> "Fabric":
         fabric = Fabric(accelerator=device.type, devices=devices)
     else:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
-        if device.type == "cuda" and (device.index is not None or local > torch.cuda.device_count()):
+        if device.type == "cuda" and local > torch.cuda.device_count():
             raise UserError(
-                f"torchrun: {local} processes on a machine with {torch.cuda.device_count()} GPUs take one each, "
-                f"whatever --device {device} says: give --nproc-per-node as many at most, and --device cuda or cpu"
+                f"torchrun: {local} processes on a machine with {torch.cuda.device_count()} GPUs, and each takes one: "
+                "give --nproc-per-node as many at most, or --device cpu"
             )
         if processes() % local:
             raise UserError("torchrun: give every machine the same --nproc-per-node")

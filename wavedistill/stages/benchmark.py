@@ -237,12 +237,12 @@ def measure_training(experiment: Experiment, kind: Kind, threads: int) -> dict[s
     def step(number: int) -> None:
         learner.step(batches.of_step(number), number)
 
+    def load(number: int) -> None:
+        list(batches.of_step(number))
+
     setup = sum(_seconds(functools.partial(step, number), device) for number in range(TRAIN_WARMUP))
     seconds = [_seconds(functools.partial(step, number), device) for number in range(TRAIN_STEPS)]
-    loading = [
-        _seconds(functools.partial(lambda number: list(batches.of_step(number)), number), device)
-        for number in range(TRAIN_STEPS)
-    ]
+    loading = [_seconds(functools.partial(load, number), device) for number in range(TRAIN_STEPS)]
     peak = _peak(device)
     median = statistics.median(seconds)
     speed = settings.batch_size * settings.segment_frames * recipe.audio.hop_length / median

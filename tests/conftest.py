@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from wavedistill.config import Audio, Recipe, validate_recipe
+from wavedistill.data import Heard
 from wavedistill.flows import Affine, Autoregressive, StandardNormal
 from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel
 from wavedistill.models import ConditionerNetwork, WaveformModel, build
@@ -22,6 +23,9 @@ RECIPES = REPOSITORY / "recipes"
 SMALL_AUDIO = Audio(
     sample_rate=400, hop_length=8, n_fft=32, n_mels=5, f_min=0, f_max=200, f0_min=40, f0_max=100, level_db=-20
 )
+
+HEARD = Heard(mel_mean=(-5.0,) * 40, mel_std=(2.0,) * 40, f0_low=80.0, f0_high=200.0)
+"""What the models of the tiny recipe might have been trained on."""
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -9,12 +9,12 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "wavedistill"
 LAYERS = [
-    {"errors", "files", "memory", "progress"},
+    {"errors", "files", "machine", "memory", "progress"},
     {"config", "engine", "flows", "wavenet"},
     {"audio", "losses", "pitch"},
-    {"linear_prediction", "data", "corpora", "metrics"},
+    {"linear_prediction", "data", "corpora", "metrics", "verdict"},
     {"models"},
-    {"checkpoint", "compiled", "distillation"},
+    {"checkpoint", "compiled", "distillation", "foreign"},
     {"sampling"},
     {"tasks"},
     {"experiment", "training"},

@@ -1,6 +1,7 @@
 """Checkpoints: what they hold, and what happens when a file is none, or cannot be written."""
 
 import json
+import math
 import pickle
 import resource
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from tests.conftest import HEARD
 from wavedistill import checkpoint
 from wavedistill.config import Recipe
 from wavedistill.errors import CheckpointError
@@ -22,9 +24,9 @@ def test_a_model_comes_back_with_its_recipe(
     tmp_path: Path, tiny: Recipe, tiny_model: Callable[[str], WaveformModel]
 ) -> None:
     model = tiny_model("student")
-    checkpoint.save_model(tmp_path / "a.safetensors", "student", tiny, 17, model.state_dict())
+    checkpoint.save_model(tmp_path / "a.safetensors", "student", tiny, 17, HEARD, model.state_dict())
     loaded = checkpoint.load_model(tmp_path / "a.safetensors")
-    assert (loaded.kind, loaded.recipe, loaded.step) == ("student", tiny, 17)
+    assert (loaded.kind, loaded.recipe, loaded.step, loaded.heard) == ("student", tiny, 17, HEARD)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert not loaded.model.training
@@ -63,8 +65,8 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, tiny: Recipe) -> None:
     safetensors.torch.save_file({"a": torch.zeros(1)}, path("list"), {checkpoint.HEADER: "[1]"})
     for first in range(256):
         path(f"byte{first}").write_bytes(bytes([first]) + b"IFF....WAVEfmt ")
-    checkpoint.save_model(path("lacking"), "student", tiny, 0, {})
-    checkpoint.save_model(path("kind"), "pupil", tiny, 0, {})  # type: ignore[arg-type]
+    checkpoint.save_model(path("lacking"), "student", tiny, 0, HEARD, {})
+    checkpoint.save_model(path("kind"), "pupil", tiny, 0, HEARD, {})  # type: ignore[arg-type]
     checkpoint.save(path("state"), {"a": torch.zeros(9)}, {"step": 3})
     whole = path("state").read_bytes()
     for length in (4, 30, len(whole) - 1):
@@ -88,6 +90,43 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, tiny: Recipe) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="it is a folder"):
         checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("version", [4]),
+        ("version", None),
+        ("kind", ["student"]),
+        ("kind", 3),
+        ("step", "many"),
+        ("step", -1),
+        ("recipe", None),
+        ("recipe", []),
+        ("recipe", {"name": "x"}),
+        ("heard", None),
+        ("heard", {"mel_mean": 3}),
+    ],
+)
+def test_a_header_of_wrong_types_is_named(tmp_path: Path, tiny: Recipe, key: str, value: object) -> None:
+    path = tmp_path / "a.safetensors"
+    header = {"kind": "student", "recipe": tiny.model_dump(mode="json"), "step": 1, "heard": HEARD.model_dump()}
+    whole = {"version": checkpoint.VERSION, **header, key: value}
+    path.write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, {checkpoint.HEADER: json.dumps(whole)}))
+    with pytest.raises(CheckpointError, match=rf"a\.safetensors: .*({key}|not a wavedistill checkpoint)") as caught:
+        checkpoint.load_model(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_refused(
+    tmp_path: Path, tiny: Recipe, tiny_model: Callable[[str], WaveformModel]
+) -> None:
+    weights = tiny_model("student").state_dict()
+    name = next(reversed(weights))
+    weights[name].flatten()[-1] = math.nan
+    checkpoint.save_model(tmp_path / "a.safetensors", "student", tiny, 17, HEARD, weights)
+    with pytest.raises(CheckpointError, match=rf"a\.safetensors: holds weights that are not finite \({name}\)"):
+        checkpoint.load_model(tmp_path / "a.safetensors")
 
 
 def test_the_same_content_is_the_same_file(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from wavedistill.config import Gates, load_recipe
 from wavedistill.experiment import Experiment, run_stage
 from wavedistill.models import compiler
 from wavedistill.stages import STAGES, benchmark
-from wavedistill.stages.evaluate import gates
 from wavedistill.training import saved_states
+from wavedistill.verdict import Scores, against_untrained, gates, in_words
 
 TINY = str(RECIPES / "tiny.toml")
 
@@ -83,17 +83,15 @@ def test_metrics_hold_the_promised_figures(tiny_run: Path) -> None:
     density = metrics["density"]
     assert {
         "teacher_nll_nats_per_sample",
-        "teacher_bits_per_sample",
+        "teacher_bits_per_sample_given_log_mel",
         "student_kl_nats_per_sample",
         "student_kl_standard_error",
-        "flac_bits_per_sample",
     } <= set(density)
     assert density["teacher_nll_nats_per_sample"] < density["teacher_nll_before_training"] - 0.05
     # In so few steps the spectral term outweighs the KL; that the sum fell shows in the step whose weights were kept.
     assert 0 < density["student_kl_nats_per_sample"] < 0.5
     assert all(load_model(tiny_run / kind / "checkpoint.safetensors").step > 0 for kind in ("teacher", "student"))
     assert density["teacher_nll_before_training"] < density["level_gaussian_nll_nats_per_sample"] - 2
-    assert 2 < density["flac_bits_per_sample"] < 16
     assert density["teacher_nll_shuffled_conditioning"] > density["teacher_nll_nats_per_sample"]
     assert set(metrics["synthesis"]) == SYSTEMS
     for scores in metrics["synthesis"].values():
@@ -117,18 +115,28 @@ def test_metrics_hold_the_promised_figures(tiny_run: Path) -> None:
     assert whisper["periodicity"] < 0.5 * recorded["periodicity"]
     assert whisper["vuv_f1"] < 0.5
     assert set(metrics["pitch_from_mel"]) == {"f0_rmse_cents", "vuv_f1"}
+    about = metrics["about"]
+    assert {"cpu", "torch", "date"} <= set(about["machine"])
+    assert (about["seed"], about["temperature"], about["clips"]) == (1, 1, 2)
+    assert set(about["inputs"]) == {
+        "tiny/manifest.json",
+        "teacher/checkpoint.safetensors",
+        "student/checkpoint.safetensors",
+    }
+    assert metrics["against_untrained"]["mcd_db"]["student"] == metrics["synthesis"]["student"]["mcd_db"]
 
 
 @pytest.mark.slow
 def test_gates_are_applied_to_the_student_and_named_where_they_fail(tiny_run: Path) -> None:
     metrics = json.loads((tiny_run / "metrics.json").read_text())
     gates, student = metrics["gates"], metrics["synthesis"]["student"]
-    assert set(gates) == {"level_db", "tilt_db", "vuv_f1", "periodicity"}
+    assert set(gates) == {"level_db", "tilt_db", "vuv_f1", "periodicity", "better_scores"}
     assert gates["level_db"]["value"] >= abs(student["level_difference_db"])
     assert gates["vuv_f1"]["value"] == student["vuv_f1"]
     page = (tiny_run / "report.html").read_text()
     assert page.count('class="failed"') == sum(not gate["passed"] for gate in gates.values())
     assert ("fails its gates" in page) == any(not gate["passed"] for gate in gates.values())
+    assert in_words(metrics["against_untrained"]) in page
 
 
 @pytest.mark.parametrize(
@@ -141,13 +149,48 @@ def test_gates_are_applied_to_the_student_and_named_where_they_fail(tiny_run: Pa
         ([{"vuv_f1": 0.5}], {"vuv_f1"}),
         ([{"periodicity": 0.3}], {"periodicity"}),
         ([{"vuv_f1": None, "periodicity": None}], {"vuv_f1", "periodicity"}),
+        ([{"pesq_wb": 2.0}], {"better_scores"}),
+        ([{"pesq_wb": None}], {"better_scores"}),
+        ([{"pesq_wb": 2.0, "stoi": 0.98}], set()),
+        ([{"pesq_wb": 2.0, "mcd_db": 0.9}], set()),
     ],
 )
 def test_each_gate_catches_its_own_fault(changes: list[dict[str, float | None]], failed: set[str]) -> None:
-    good = {"level_difference_db": -1.0, "tilt_difference_db": 0.5, "vuv_f1": 0.95, "periodicity": 0.8}
-    thresholds = Gates(level_db=3.0, tilt_db=3.0, vuv_f1=0.9, periodicity=0.8)
-    found = gates([{**good, **change} for change in changes], [{"periodicity": 0.9}], thresholds)
+    good = {
+        "level_difference_db": -1.0,
+        "tilt_difference_db": 0.5,
+        "vuv_f1": 0.95,
+        "periodicity": 0.8,
+        "pesq_wb": 2.3,
+        "stoi": 0.93,
+        "mcd_db": 3.0,
+    }
+    thresholds = Gates(level_db=3.0, tilt_db=3.0, vuv_f1=0.9, periodicity=0.8, better_scores=1)
+    student = [{**good, **change} for change in changes]
+    compared = against_untrained({"student": student[0], **BASELINES})
+    found = gates(student, [{"periodicity": 0.9}], compared, thresholds)
     assert {name for name, gate in found.items() if not gate["passed"]} == failed
+
+
+BASELINES: dict[str, Scores] = {
+    "griffin_lim": {"pesq_wb": 2.2, "stoi": 0.97, "mcd_db": 1.0},
+    "whisper": {"pesq_wb": 1.1, "stoi": 0.8, "mcd_db": 4.0},
+}
+
+
+def test_a_student_is_compared_with_the_best_that_needs_no_training() -> None:
+    """In each score, by how much, and in words; one that is below it everywhere passes no gate for it."""
+    compared = against_untrained({"student": {"pesq_wb": 2.3, "stoi": 0.93, "mcd_db": 3.0}, **BASELINES})
+    assert {name: found["gain"] for name, found in compared.items()} == pytest.approx(
+        {"pesq_wb": 0.1, "stoi": -0.04, "mcd_db": -2.0}
+    )
+    assert in_words(compared) == (
+        "PESQ-wb 2.30 (0.10 better than griffin_lim), STOI 0.930 (0.040 worse than griffin_lim), "
+        "MCD 3.00 dB (2.00 dB worse than griffin_lim)"
+    )
+    whisper = against_untrained({"student": BASELINES["whisper"], **BASELINES})
+    assert all(found["gain"] < 0 for found in whisper.values())
+    assert not against_untrained({"student": dict.fromkeys(BASELINES["whisper"]), **BASELINES})
 
 
 @pytest.mark.slow

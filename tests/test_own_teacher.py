@@ -1,5 +1,6 @@
 """A density of the user's own as the teacher: any object with log_prob(x), named by an import path in the recipe."""
 
+import copy
 import json
 import math
 import os
@@ -7,22 +8,27 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY, noise, write_voice
+from tests.conftest import HEARD, REPOSITORY, noise, write_voice
+from tests.test_audio import corpus
 from tests.test_losses import density_parameters
 from wavedistill.audio import LogMel
 from wavedistill.checkpoint import load_model, save_model
 from wavedistill.config import Recipe, validate_recipe
-from wavedistill.data import Batch, random_stream
+from wavedistill.data import Batch, Segments, random_stream, read_samples
 from wavedistill.distillation import Distillation, DistillationFromDensity
 from wavedistill.errors import RecipeError
 from wavedistill.experiment import Experiment
+from wavedistill.losses import monte_carlo_kl
 from wavedistill.models import WaveformModel, build
 from wavedistill.stages import STAGES
+from wavedistill.stages.evaluate import DRAW, densities
+from wavedistill.tasks import student_task
 
 MODULE = '''
 """Independent Gaussian samples, half as loud as the recordings, whatever the log-mel: a density of someone's own."""
@@ -188,6 +194,42 @@ def test_a_recipe_that_asks_more_of_it_is_refused(own: dict[str, Any], section: 
         validate_recipe(own, "own.toml")
 
 
+def test_a_model_of_this_package_is_a_density_like_any_other(
+    tmp_path: Path, tiny_data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without linear prediction behind a recipe with it: the KL is that of waveforms, in training and evaluation.
+
+    A student that is compared with it on residuals would look as if it had learnt it all.
+    """
+    plain = copy.deepcopy(tiny_data)
+    plain["linear_prediction"]["order"] = 0
+    teacher = build("teacher", validate_recipe(plain, "plain.toml"), 0).requires_grad_(False)
+    module = ModuleType("someones_maf")
+    module.load = lambda recipe, device: teacher
+    monkeypatch.setitem(sys.modules, "someones_maf", module)
+    tiny_data["student"]["teacher"] = "someones_maf:load"
+    tiny_data["student"]["loss"].update(kl_estimator="mc", spectral=0.0)
+    recipe = validate_recipe(tiny_data, "tiny.toml")
+    experiment, student = Experiment(recipe, tmp_path, torch.device("cpu")), build("student", recipe, 0)
+    manifest = corpus(experiment.audio, recipe, [40])
+    task = student_task(recipe, experiment.teacher(), experiment.device)
+    assert not task.given, "nor is its predictor of F0 taken"
+    segments = Segments(manifest, experiment.audio, "train", frames=20, context=student.margin)
+    batch = segments.draw([random_stream(0)])
+    found = task.terms(student, batch, [random_stream(1)])["kl"]
+    z = student.base.noise(tuple(batch.audio.shape), random_stream(1))
+    expected, _ = monte_carlo_kl(student(batch.mel, batch.f0), teacher(batch.mel), z)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert found > 0.1
+
+    density = densities(experiment, experiment.teacher(), student, manifest.utterances)
+    clip = read_samples(experiment.audio, manifest.utterances[0])
+    mel = LogMel(recipe.audio).of_file(clip[None], student.margin)
+    draws = student.base.noise((recipe.evaluate.kl_draws, len(clip)), random_stream(recipe.seed, DRAW, 0))
+    expected = sum(monte_carlo_kl(student(mel), teacher(mel), z[None])[0].item() for z in draws) / len(draws)
+    assert density["student_kl_nats_per_sample"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_recipes_teacher_as_a_mere_density_gives_the_same_kl(
     tiny_data: dict[str, Any], tiny_model: Callable[[str], WaveformModel]
 ) -> None:
@@ -229,7 +271,7 @@ def test_a_checkpoint_brings_no_code(tmp_path: Path, own: dict[str, Any], monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     own["student"]["teacher"] = "planted:load"
     recipe = validate_recipe(own, "own.toml")
-    save_model(tmp_path / "a.safetensors", "student", recipe, 1, build("student", recipe, 0).state_dict())
+    save_model(tmp_path / "a.safetensors", "student", recipe, 1, HEARD, build("student", recipe, 0).state_dict())
     load_model(tmp_path / "a.safetensors")
     assert not (tmp_path / "ran").exists()
     assert "planted" not in sys.modules

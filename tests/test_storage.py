@@ -13,7 +13,7 @@ import soundfile
 import torch
 import webdataset
 
-from tests.conftest import write_voice
+from tests.conftest import HEARD, write_voice
 from wavedistill import audio
 from wavedistill.checkpoint import load, save_model
 from wavedistill.config import Recipe, validate_recipe
@@ -124,7 +124,7 @@ def test_a_licence_goes_with_every_checkpoint_and_prepares_nothing_anew(
     recipe = experiment.recipe.model_copy(update={"corpus": corpus})
     named = Experiment(recipe, experiment.root, experiment.device)
     assert run_stage(prepare.stage, named) == "prepare: up to date"
-    save_model(tmp_path / "a.safetensors", "teacher", recipe, 1, build("teacher", recipe, 0).state_dict())
+    save_model(tmp_path / "a.safetensors", "teacher", recipe, 1, HEARD, build("teacher", recipe, 0).state_dict())
     assert load(tmp_path / "a.safetensors")[1]["recipe"]["corpus"]["licence"] == "Jane Doe, CC BY 4.0"
 
 

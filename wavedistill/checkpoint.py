@@ -10,17 +10,19 @@ from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wavedistill.config import Recipe, validate_recipe
+from wavedistill.data import Heard
 from wavedistill.errors import CheckpointError, RecipeError
 from wavedistill.files import replacing
 from wavedistill.models import WaveformModel, build
 
 HEADER = "wavedistill"
 """The one key of the file's metadata; its value is JSON. One, because the order of several is left to chance."""
-VERSION = 3
+VERSION = 4
 """Of the format; raised when files of the old one can no longer be read."""
 SUFFIX = ".safetensors"
 MODEL_FILE = f"checkpoint{SUFFIX}"
@@ -33,7 +35,17 @@ class Checkpoint(NamedTuple):
     kind: Kind
     recipe: Recipe
     step: int
+    heard: Heard
     model: WaveformModel
+
+
+class ModelHeader(BaseModel):
+    """What a model's file says beside its weights; the recipe is validated by its own rules."""
+
+    kind: Kind
+    recipe: dict[str, Any]
+    step: NonNegativeInt
+    heard: Heard
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -75,7 +87,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: not a wavedistill checkpoint, or a damaged one") from error
     try:
         header = json.loads(metadata[HEADER])
-        version = header["version"]
+        version = int(header["version"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a wavedistill checkpoint: another program's tensors") from error
     if version != VERSION:
@@ -84,31 +96,37 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def save_model(path: Path, kind: Kind, recipe: Recipe, step: int, weights: Mapping[str, Tensor]) -> None:
-    """Write the weights of a model after a training step, with the recipe that builds it."""
-    save(path, weights, {"kind": kind, "recipe": recipe.model_dump(mode="json"), "step": step})
+def save_model(path: Path, kind: Kind, recipe: Recipe, step: int, heard: Heard, weights: Mapping[str, Tensor]) -> None:
+    """Write the weights of a model after a training step, with the recipe that builds it and what it was trained on."""
+    header = {"kind": kind, "recipe": recipe.model_dump(mode="json"), "step": step, "heard": heard.model_dump()}
+    save(path, weights, header)
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a model written by `save_model`, ready for use: on the device, in evaluation mode, without gradients.
 
     Raises:
-        CheckpointError: if it is missing, something else, or does not fit this version of wavedistill.
+        CheckpointError: if it is missing, something else, holds weights that are not finite, or does not fit this
+            version of wavedistill.
     """
-    weights, header = load(path)
-    if "kind" not in header:
+    weights, content = load(path)
+    if "kind" not in content:
         raise CheckpointError(
             f"{path}: the state of a training, not a model; give the {MODEL_FILE} of a teacher or student folder"
         )
     try:
-        recipe = validate_recipe(header["recipe"], f"{path}, recipe inside")
-        model = build(header["kind"], recipe, seed=0)
+        header = ModelHeader.model_validate(content)
+        recipe = validate_recipe(header.recipe, f"{path}, recipe inside")
+        model = build(header.kind, recipe, seed=0)
         model.load_state_dict(weights)
-    except (RecipeError, RuntimeError, KeyError) as error:
+    except (RecipeError, RuntimeError, ValidationError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: does not fit this version of wavedistill: {reason}") from error
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{path}: holds weights that are not finite ({name}): take an earlier one")
     model.to(device).eval().requires_grad_(False)
-    return Checkpoint(header["kind"], recipe, header["step"], model)
+    return Checkpoint(header.kind, recipe, header.step, header.heard, model)
 
 
 def set_aside(path: Path) -> Path:

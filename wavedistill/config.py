@@ -275,6 +275,8 @@ class Gates(Section):
     """Least F1 of voiced against unvoiced."""
     periodicity: Annotated[float, Field(ge=0, le=1)]
     """Least share of the recordings' own periodicity in voiced parts."""
+    better_scores: Annotated[int, Field(ge=0, le=3)]
+    """Of PESQ, STOI and mel-cepstral distortion, in how many it must be better than any system without training."""
 
 
 class Benchmark(Section):

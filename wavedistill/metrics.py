@@ -1,18 +1,17 @@
 """Objective scores of synthesised speech and of densities."""
 
-import io
 import math
-from collections.abc import Sequence
+import warnings
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import librosa
 import numpy as np
-import soundfile
 import torch
 import torchaudio
 from torch import Tensor
 
-from wavedistill.audio import LOG_MEL_FLOOR, LogMel, mel_filters, pad_frames, rms_db, to_pcm16
+from wavedistill.audio import LOG_MEL_FLOOR, LogMel, mel_filters, pad_frames, rms_db
 from wavedistill.config import Audio
 
 PESQ_SAMPLE_RATE = 16000
@@ -21,19 +20,12 @@ PESQ_SAMPLE_RATE = 16000
 def bits_per_sample(nll_nats: float) -> float:
     """Bits that an ideal coder spends on a 16-bit sample, given nats per sample of audio in [-1, 1).
 
+    Of a density given the log-mel, these are bits beside the log-mel, which the receiver has to have: no figure to hold
+    against a coder of the waveform alone.
+
     A step of 16-bit audio is 2 ** -15 wide, so its probability is the density times that.
     """
     return 15 + nll_nats / math.log(2)
-
-
-def flac_bits_per_sample(clips: Sequence[Tensor], sample_rate: int) -> float:
-    """Bits per sample that FLAC spends on clips (T,) as 16-bit audio, headers included."""
-    size = 0
-    for clip in clips:
-        file = io.BytesIO()
-        soundfile.write(file, to_pcm16(clip), sample_rate, format="FLAC", subtype="PCM_16")
-        size += file.getbuffer().nbytes
-    return 8 * size / sum(len(clip) for clip in clips)
 
 
 class Scorer:
@@ -51,19 +43,18 @@ class Scorer:
 
         Returns:
             `pesq_wb`, mean opinion score of wide-band PESQ, about 1 to 4.6; None where its package is missing or finds
-            no speech. `stoi`, intelligibility, 0 to 1. `mcd_db`, mel-cepstral distortion. `lsd_db`, log-spectral
-            distance. `f0_rmse_cents`, where both are voiced. `vuv_f1`, F1 of being voiced. `periodicity_rmse`, of the
-            probability of being voiced. `periodicity`, how far the voiced parts of the reference are periodic in the
-            synthesis: a whisper is near 0, the reference itself near 1. `level_difference_db` and `tilt_difference_db`,
-            RMS level and spectral tilt of the synthesis less those of the reference.
+            no speech. `stoi`, intelligibility, 0 to 1; None for less than about 0.4 s of sound. `mcd_db`, mel-cepstral
+            distortion. `lsd_db`, log-spectral distance. `f0_rmse_cents`, where both are voiced. `vuv_f1`, F1 of being
+            voiced. `periodicity_rmse`, of the probability of being voiced. `periodicity`, how far the voiced parts of
+            the reference are periodic in the synthesis: a whisper is near 0, the reference itself near 1.
+            `level_difference_db` and `tilt_difference_db`, RMS level and spectral tilt of the synthesis less those of
+            the reference.
         """
-        from pystoi import stoi  # here, because it takes most of a second, and every command would wait for it
-
         reference, rate = self.reference, self.settings.sample_rate
         f0, voicing = _pyin(synthesised, self.settings)
         return {
             "pesq_wb": _pesq_wb(reference, synthesised, rate),
-            "stoi": float(stoi(reference.numpy(), synthesised.numpy(), rate)),
+            "stoi": _stoi(reference, synthesised, rate),
             "mcd_db": mel_cepstral_distortion_db(reference, synthesised, self.settings),
             "lsd_db": log_spectral_distance_db(synthesised, reference),
             **f0_agreement(self.f0, f0),
@@ -118,6 +109,16 @@ def mel_cepstral_distortion_db(reference: Tensor, synthesised: Tensor, settings:
 def pesq_available() -> bool:
     """Whether the package that computes PESQ is installed; it is compiled from source, so it is optional."""
     return find_spec("pesq") is not None
+
+
+def implementations() -> dict[str, str | None]:
+    """What computes the scores, by name and version; None for what is not installed.
+
+    The package pesq wraps the reference code of ITU-T P.862.2, whose Corrigendum 2 of 2018 scores higher: compare with
+    figures of the same code only.
+    """
+    pesq = f"pesq {version('pesq')}: ITU-T P.862.2, without Corrigendum 2" if pesq_available() else None
+    return {"pesq_wb": pesq, **{name: f"{name} {version(name)}" for name in ("pystoi", "librosa")}}
 
 
 def log_spectral_distance_db(synthesised: Tensor, reference: Tensor) -> float:
@@ -181,6 +182,17 @@ def _pyin(audio: Tensor, settings: Audio) -> tuple[Tensor, Tensor]:
         hop_length=settings.sample_rate // 100,
     )
     return torch.from_numpy(np.where(voiced, f0, 0)), torch.from_numpy(probability)
+
+
+def _stoi(reference: Tensor, synthesised: Tensor, sample_rate: int) -> float | None:
+    from pystoi import stoi  # here, because it takes most of a second, and every command would wait for it
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Not enough STFT frames", RuntimeWarning)
+        try:
+            return float(stoi(reference.numpy(), synthesised.numpy(), sample_rate))
+        except RuntimeWarning:  # too little sound, for which it gives 1e-5 even to a perfect copy
+            return None
 
 
 def _pesq_wb(reference: Tensor, synthesised: Tensor, sample_rate: int) -> float | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wavedistill import checkpoint
 from wavedistill.audio import LOG_MEL_FLOOR
 from wavedistill.config import Recipe, Training
-from wavedistill.data import Batch, Manifest, Segments, Streams, random_stream
+from wavedistill.data import Batch, Heard, Manifest, Segments, Streams, random_stream
 from wavedistill.engine import by_first, launch, tensorboard
 from wavedistill.errors import CheckpointError, RecipeError, TrainingError
 from wavedistill.models import WaveformModel, build, compile_networks
@@ -34,8 +34,10 @@ KEPT_STATES = 2
 """The last states of a training that are kept: should the last be damaged, it goes on from the one before."""
 MOST_SKIPPED = 10
 """Steps in a row without a finite gradient, after which a training stops."""
-TRAIN, VALID = 0, 1
+TRAIN, VALID, HEARD = 0, 1, 2
 """Purposes of random streams."""
+HEARD_SEGMENTS = 256
+"""Of the training split, for what a checkpoint says that its model was trained on."""
 
 
 class Outcome(NamedTuple):
@@ -82,6 +84,7 @@ def fit(
     """
     settings, fabric = task.settings, launch(device)
     batches = Batches(task, manifest, audio_folder, recipe, fabric)
+    heard = batches.heard()
     learner = Learner(task, recipe, fabric)
     if settings.compile:
         compile_networks(learner.model)
@@ -94,7 +97,7 @@ def fit(
         if not all(map(math.isfinite, values.values())):
             raise _diverged(f"the validation loss is not finite at step {state.step} ({values})", task, folder)
         log.log_metrics({f"valid/{name}": value for name, value in values.items()}, state.step)
-        state.keep_best(values, task, recipe, folder)
+        state.keep_best(values, task, recipe, heard, folder)
 
     with (
         tensorboard(folder, state.step) as log,
@@ -260,6 +263,10 @@ class Batches:
             ],
         )
 
+    def heard(self) -> Heard:
+        """What the model is trained on, by some segments."""
+        return Heard.of(self.train.draw(self._streams(HEARD, 0, range(HEARD_SEGMENTS))))
+
     @torch.no_grad()
     def preview(self, model: WaveformModel, log: "TensorBoardLogger", step: int) -> None:
         """Log audio and log-mel of one validation segment, as recorded and as the model draws it."""
@@ -299,14 +306,15 @@ class State:
         self.skipped += not math.isfinite(norm)
         self.skipped_in_a_row = 0 if math.isfinite(norm) else self.skipped_in_a_row + 1
 
-    def keep_best(self, valid: dict[str, float], task: Task, recipe: Recipe, folder: Path) -> None:
+    def keep_best(self, valid: dict[str, float], task: Task, recipe: Recipe, heard: Heard, folder: Path) -> None:
         """Write the averaged weights as the model to use if their validation terms are the best so far."""
         total = sum(weight * valid[name] for name, weight in task.weights.items() if weight)
         if total < self.best_objective:
             self.best_step, self.best_objective, self.best_valid = self.step, total, valid
             if self.fabric.is_global_zero:
                 weights = self.learner.average.state_dict()
-                checkpoint.save_model(folder / checkpoint.MODEL_FILE, task.kind, recipe, self.step, weights)
+                path = folder / checkpoint.MODEL_FILE
+                checkpoint.save_model(path, task.kind, recipe, self.step, heard, weights)
 
     def save(self, folder: Path) -> None:
         """Write the state, whole or not at all, and delete the oldest."""

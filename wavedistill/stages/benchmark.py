@@ -1,12 +1,9 @@
 """Time the samplers of one teacher-student pair: naive, cached, compiled or graphed; parallel, streamed, fused."""
 
-import datetime
 import functools
 import itertools
 import math
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,10 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torchaudio
 from torch import Tensor
 
-from wavedistill import __version__, sampling
+from wavedistill import sampling
 from wavedistill.audio import LogMel
 from wavedistill.checkpoint import Kind
 from wavedistill.config import Recipe
@@ -26,6 +22,7 @@ from wavedistill.data import random_stream, read_samples
 from wavedistill.engine import launch
 from wavedistill.experiment import Experiment, Stage, write_json
 from wavedistill.flows import Autoregressive
+from wavedistill.machine import machine
 from wavedistill.memory import keep_freed_memory
 from wavedistill.models import WaveformModel, build, compile_networks, compiler
 from wavedistill.progress import progress
@@ -329,23 +326,6 @@ def copy_ceiling(device: torch.device) -> float:
     """Bytes per second that a copy of 64 MiB reads, and writes as many."""
     a, b = (torch.zeros(2**24, device=device) for _ in range(2))
     return a.nbytes / min(_seconds(functools.partial(b.copy_, a), device) for _ in range(CEILING_REPEATS))
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu_info = Path("/proc/cpuinfo")
-    names = [line for line in cpu_info.read_text().splitlines() if "model name" in line] if cpu_info.exists() else []
-    return {
-        "cpu": names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchaudio": torchaudio.__version__,
-        "wavedistill": __version__,
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def _alone(call: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 from wavedistill import audio, metrics
-from wavedistill.config import Gates, Recipe
+from wavedistill.config import Recipe
 from wavedistill.data import Utterance, dequantise, random_stream, read_f0, read_samples
 from wavedistill.distillation import Teacher
-from wavedistill.experiment import Experiment, Stage, write_json
+from wavedistill.experiment import Experiment, Stage, sha256, write_json
 from wavedistill.flows import FlowDistribution, Scale, StandardNormal
 from wavedistill.losses import Density, monte_carlo_kl, negative_log_likelihood
+from wavedistill.machine import machine
 from wavedistill.models import WaveformModel, build
 from wavedistill.progress import note, progress
 from wavedistill.sampling import sample
+from wavedistill.verdict import Scores, against_untrained, gates, in_words, mean
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "evaluate", "gates"}
 DEQUANTISE, DRAW, SYNTHESISE = 10, 11, 12
 """Purposes of random streams."""
-Scores = dict[str, float | None]
-"""Of one clip, or of a system: by name, None where there is nothing to measure."""
 
 
 def run(experiment: Experiment) -> str:
@@ -32,46 +32,42 @@ def run(experiment: Experiment) -> str:
     test = experiment.corpus().of("test")
     density = densities(experiment, teacher, student, test)
     clips = synthesise(experiment, teacher, student, test[: recipe.evaluate.clips])
-    found = gates(clips["student"], clips["recorded"], recipe.gates)
-    synthesis = {system: _mean(scores) for system, scores in clips.items()}
-    result: dict[str, Any] = {"density": density, "synthesis": synthesis, "gates": found}
+    synthesis = {system: mean(scores) for system, scores in clips.items()}
+    compared = against_untrained(synthesis)
+    found = gates(clips["student"], clips["recorded"], compared, recipe.gates)
+    result: dict[str, Any] = {
+        "about": about(experiment, len(clips["student"])),
+        "density": density,
+        "synthesis": synthesis,
+        "against_untrained": compared,
+        "gates": found,
+    }
     if student.pitch is not None:
         result["pitch_from_mel"] = pitch_from_mel(experiment, student, test)
     write_json(experiment.metrics, result)
-    shown = ("pesq_wb", "stoi", "vuv_f1")
-    scores = ", ".join(f"{name} {value:.2f}" for name in shown if (value := synthesis["student"][name]) is not None)
     failed = [name for name, gate in found.items() if not gate["passed"]]
     for name in failed:
-        measured = "not measurable" if found[name]["value"] is None else f"{found[name]['value']:.2f}"
+        measured = "not measurable" if found[name]["value"] is None else f"{found[name]['value']:.3g}"
         note(f"evaluate: the student fails the gate {name}: {measured}, threshold {found[name]['threshold']:g}")
     return (
         f"teacher {density['teacher_nll_nats_per_sample']:.3f} nats/sample, "
-        f"student KL {density['student_kl_nats_per_sample']:.3f}, {scores}, "
+        f"student KL {density['student_kl_nats_per_sample']:.3f}; {in_words(compared)}; "
         f"{'gates FAILED: ' + ', '.join(failed) if failed else 'all gates passed'}: {experiment.metrics}"
     )
 
 
-def gates(student: list[Scores], recorded: list[Scores], thresholds: Gates) -> dict[str, dict[str, Any]]:
-    """What the student's speech must not fall short of: the value, its threshold, and whether it passed.
-
-    `level_db` and `tilt_db` are means over clips of a difference's magnitude, with a largest value; `vuv_f1`, and
-    `periodicity` as a share of the recordings' own, have a least one. What could not be measured, for instance in
-    silence, has not passed.
-    """
-
-    def magnitude(name: str) -> float | None:
-        return _mean([{name: None if (value := clip[name]) is None else abs(value)} for clip in student])[name]
-
-    mean, given = _mean(student), _mean(recorded)["periodicity"]
-    share = mean["periodicity"] / given if mean["periodicity"] is not None and given else None
-    least = {"vuv_f1": mean["vuv_f1"], "periodicity": share}
-    most = {"level_db": magnitude("level_difference_db"), "tilt_db": magnitude("tilt_difference_db")}
-    found = {}
-    for name, value in {**most, **least}.items():
-        threshold = getattr(thresholds, name)
-        passed = value is not None and (value <= threshold if name in most else value >= threshold)
-        found[name] = {"value": value, "threshold": threshold, "passed": passed}
-    return found
+def about(experiment: Experiment, clips: int) -> dict[str, Any]:
+    """What the figures were measured on and by, and what they depend on besides the models."""
+    recipe = experiment.recipe
+    return {
+        "machine": machine(experiment.device),
+        "implementations": metrics.implementations(),
+        "seed": recipe.seed,
+        "temperature": recipe.evaluate.temperature,
+        "clips": clips,
+        "seconds_a_clip": recipe.evaluate.max_seconds,
+        "inputs": {f"{path.parent.name}/{path.name}": sha256(path) for path in stage.inputs(experiment)},
+    }
 
 
 @torch.no_grad()
@@ -138,8 +134,7 @@ def densities(
     return {
         **means,
         "student_kl_standard_error": float(kl.std() / math.sqrt(len(kl))) if len(kl) > 1 else None,
-        "teacher_bits_per_sample": metrics.bits_per_sample(means["teacher_nll_nats_per_sample"]),
-        "flac_bits_per_sample": metrics.flac_bits_per_sample(clips, recipe.audio.sample_rate),
+        "teacher_bits_per_sample_given_log_mel": metrics.bits_per_sample(means["teacher_nll_nats_per_sample"]),
         "test_seconds": float(lengths.sum()) / recipe.audio.sample_rate,
     }
 
@@ -203,15 +198,6 @@ def pitch_from_mel(experiment: Experiment, student: WaveformModel, test: list[Ut
         tracked.append(read_f0(experiment.audio, utterance))
         predicted.append(student.pitch(mel)[0].cpu())
     return metrics.f0_agreement(torch.cat(tracked), torch.cat(predicted))
-
-
-def _mean(scores: list[Scores]) -> Scores:
-    """Mean of each score over the clips that have it; None where none has."""
-    means: Scores = {}
-    for name in scores[0]:
-        values = [value for score in scores if (value := score[name]) is not None]
-        means[name] = sum(values) / len(values) if values else None
-    return means
 
 
 def _settings(recipe: Recipe) -> Any:

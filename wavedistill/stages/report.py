@@ -20,6 +20,7 @@ from wavedistill.audio import LogMel
 from wavedistill.checkpoint import Kind
 from wavedistill.experiment import Experiment, Stage
 from wavedistill.files import replacing
+from wavedistill.verdict import in_words
 
 SYSTEMS = {
     "recorded": "Recorded",
@@ -45,6 +46,7 @@ GATES = {
     "tilt_db": "Tilt difference, dB, at most",
     "vuv_f1": "Voicing, F1, at least",
     "periodicity": "Periodicity of voiced parts, share of the recordings' own, at least",
+    "better_scores": "Scores better than any system without training (PESQ-wb, STOI, cepstral distortion), at least",
 }
 COLOURS = {
     "naive": "#b0b0b0",
@@ -78,6 +80,8 @@ def run(experiment: Experiment) -> str:
         gates=[(label, found["gates"][name]) for name, label in GATES.items()],
         pitch=found.get("pitch_from_mel"),
         verdict=verdict(found),
+        against_untrained=in_words(found["against_untrained"]),
+        about=found["about"],
         systems=systems,
         scores=SCORES,
         benchmark=benchmark,

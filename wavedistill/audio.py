@@ -128,7 +128,7 @@ def to_pcm16(audio: Tensor) -> np.ndarray:
 
 
 def read_log_mel(path: Path, n_mels: int) -> Tensor:
-    """Read a log-mel (n_mels, F) from a `.npy` file; lower values than `LogMel` has are raised to its floor.
+    """Read a log-mel (n_mels, F) from a `.npy` file, as it is: other programs have lower floors than `LogMel`.
 
     Raises:
         AudioError: if the file does not hold a finite array of that shape.
@@ -153,7 +153,7 @@ def read_log_mel(path: Path, n_mels: int) -> Tensor:
             f"{path}: holds values from {mel.min():.1f} to {mel.max():.1f}; {expected}, which lie between {low} and "
             f"{high}: is it in decibels, or of powers?"
         )
-    return torch.from_numpy(mel.astype(np.float32)).clamp_min(LOG_MEL_FLOOR)
+    return torch.from_numpy(mel.astype(np.float32))
 
 
 def rms_db(audio: Tensor) -> float:

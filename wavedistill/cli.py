@@ -16,6 +16,7 @@ from wavedistill.data import random_stream
 from wavedistill.engine import launch, processes
 from wavedistill.errors import RecipeError, UserError
 from wavedistill.experiment import Experiment, run_stage
+from wavedistill.foreign import examine, examine_f0
 from wavedistill.memory import keep_freed_memory
 from wavedistill.progress import note
 from wavedistill.sampling import sample, slices, stream
@@ -43,6 +44,8 @@ Examples:
 """,
 )
 
+MOST_CLIPPED = 0.01
+"""Share of the samples drawn beyond which they are no speech."""
 StageName = StrEnum("StageName", {name: name for name in STAGES})  # type: ignore[misc]
 FIRST, *_, LAST = StageName
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The TOML file that describes the experiment.")]
@@ -171,11 +174,15 @@ def _synthesise(
     """The waveform (T,) for one input file, and how many of its samples clip."""
     settings, context = loaded.recipe.audio, loaded.recipe.conditioning.context
     if path.suffix.lower() == ".npy":
-        mel, gain = audio.pad_frames(audio.read_log_mel(path, settings.n_mels)[None], context), 1.0
+        given = audio.read_log_mel(path, settings.n_mels)
+        said, gain = examine(path, given, loaded.heard), 1.0
+        mel = audio.pad_frames(given.clamp_min(audio.LOG_MEL_FLOOR)[None], context)
     else:
         samples = audio.pad_to_hops(audio.read(path, settings.sample_rate), settings.hop_length)
-        gain = audio.level_gain(samples, settings.level_db)
+        said, gain = examine_f0(samples, settings, loaded.heard), audio.level_gain(samples, settings.level_db)
         mel = audio.LogMel(settings).of_file(samples[None] * gain, context)
+    if said:
+        note(f"{path}: {said}")
     model = loaded.model
     mel = mel.to(next(model.parameters()).device)
     length = (mel.shape[-1] - 2 * context) * settings.hop_length
@@ -189,7 +196,13 @@ def _synthesise(
     wave = wave / gain
     if not wave.isfinite().all():
         raise UserError(f"{path}: the {loaded.kind} drew values that are not finite; try a lower --temperature")
-    return wave, int((wave.abs() > 1).sum())
+    clipped = int((wave.abs() > 1).sum())
+    if clipped > MOST_CLIPPED * len(wave):
+        raise UserError(
+            f"{path}: {clipped / len(wave):.0%} of the samples drawn from it pass full scale, so nothing is written: a "
+            "log-mel has to be the natural logarithm of amplitudes, of sound at the level of the training"
+        )
+    return wave, clipped
 
 
 def _run(names: list[str], path: Path, overrides: list[str] | None, root: Path, device: str) -> None:

@@ -14,7 +14,7 @@ test: check  ## all checks: format, lint, types, every test
 test-fast: check  ## the same without the tests that train
 	$(BIN)/python -m pytest -m "not slow"
 
-test-endurance: $(VENV)/.dev  ## a training that is killed thirty times; minutes
+test-endurance: $(VENV)/.dev  ## a training that is killed a hundred times; minutes
 	$(BIN)/python -m pytest -m endurance
 
 check: $(VENV)/.dev

@@ -58,7 +58,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.endurance)])
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.endurance)])
 def test_a_training_killed_at_random_ends_with_the_very_weights_of_one_left_alone(
     tmp_path: Path, corpus: Path, kills: int
 ) -> None:

@@ -220,19 +220,33 @@ def test_a_damaged_state_is_named_and_left_alone(tmp_path: Path, train: Train) -
     assert [path.stat().st_size for path in saved_states(tmp_path / "a")] == [1000, 1000]
 
 
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def of_wrong_types(path: Path) -> None:
+    tensors, header = checkpoint.load(path)
+    checkpoint.save(path, tensors, {**header, "step": "many"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut_short, "not a wavedistill checkpoint, or a damaged one"),
+        (of_wrong_types, "not the state of a training, or a damaged one"),
+    ],
+)
 def test_a_damaged_last_state_falls_back_to_the_one_before(
-    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, train: Train, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], said: str
 ) -> None:
     train("whole")
     train("a")
     kept = weights(tmp_path / "a")
     last, before = saved_states(tmp_path / "a")
-    last.write_bytes(last.read_bytes()[:-1])
+    damage(last)
     calls: list[int] = []
     train("a", calls.append)
-    assert f"{last}: not a wavedistill checkpoint, or a damaged one; going on from {before.name}" in (
-        " ".join(capsys.readouterr().err.split())
-    )
+    assert f"{last}: {said}; going on from {before.name}" in (" ".join(capsys.readouterr().err.split()))
     assert len(calls) == 8 + 1  # from step 16 to 24, and one validation
     assert checkpoint.load(last)[1]["step"] == STEPS, "mended on the way"
     assert all(torch.equal(value, kept[name]) for name, value in weights(tmp_path / "a").items())

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor, nn
 
 from wavedistill import checkpoint
@@ -288,6 +289,17 @@ class Batches:
         return [random_stream(self.recipe.seed, purpose, number, item) for item in items]
 
 
+class StateHeader(BaseModel):
+    """What a state's file says beside its tensors."""
+
+    fingerprint: str
+    step: NonNegativeInt
+    skipped: NonNegativeInt
+    skipped_in_a_row: NonNegativeInt
+    best: tuple[int, float, dict[str, float]] | None
+    """Step, objective and validation terms of the model that is kept."""
+
+
 class State:
     """All that a training needs to go on: weights, their average, the optimizer, the step, and the best so far."""
 
@@ -329,16 +341,20 @@ class State:
                 for name, value in values.items()
             },
         }
-        best = None if self.best_step is None else [self.best_step, self.best_objective, self.best_valid]
-        header = {name: getattr(self, name) for name in ("fingerprint", *self.COUNTS)}
-        checkpoint.save(folder / f"state-{self.step:08d}{checkpoint.SUFFIX}", tensors, {**header, "best": best})
+        header = StateHeader(
+            fingerprint=self.fingerprint,
+            best=None if self.best_step is None else (self.best_step, self.best_objective, self.best_valid),
+            **{name: getattr(self, name) for name in self.COUNTS},
+        )
+        path = folder / f"state-{self.step:08d}{checkpoint.SUFFIX}"
+        checkpoint.save(path, tensors, header.model_dump(mode="json"))
         for path in saved_states(folder)[KEPT_STATES:]:
             path.unlink()
 
     def restore(self, folder: Path, steps: int) -> None:
         """Take up the state in a folder; a folder of another training, or one beyond `steps`, is set aside."""
         tensors, header = by_first(self.fabric, lambda: self._saved(folder, steps))
-        if not header:
+        if header is None:
             return
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
         for key, value in tensors.items():
@@ -353,26 +369,27 @@ class State:
         optimizer = self.learner.optimizer
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         for name in self.COUNTS:
-            setattr(self, name, header[name])
-        if header["best"]:
-            self.best_step, self.best_objective, self.best_valid = header["best"]
+            setattr(self, name, getattr(header, name))
+        if header.best:
+            self.best_step, self.best_objective, self.best_valid = header.best
 
-    def _saved(self, folder: Path, steps: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The state to go on from, empty for none."""
+    def _saved(self, folder: Path, steps: int) -> tuple[dict[str, Tensor], StateHeader | None]:
+        """The state to go on from, if there is one."""
         for partial in folder.glob("*.partial"):  # of a process that died
             partial.unlink()
         states, model = saved_states(folder), folder / checkpoint.MODEL_FILE
         if not states and not model.exists():
-            return {}, {}
-        tensors, header = _last_readable(states) if states else ({}, {})
+            return {}, None
+        tensors, header = _last_readable(states) if states else ({}, None)
         if (
-            header.get("fingerprint") != self.fingerprint
-            or header["step"] > steps
-            or (header["best"] and not model.exists())
+            header is None
+            or header.fingerprint != self.fingerprint
+            or header.step > steps
+            or (header.best and not model.exists())
         ):
             kept = checkpoint.set_aside(folder)
             note(f"{folder}: holds a training with other settings or data, or only a part of one; kept as {kept}")
-            return {}, {}
+            return {}, None
         return tensors, header
 
 
@@ -388,15 +405,28 @@ def saved_states(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"state-*{checkpoint.SUFFIX}"), reverse=True)
 
 
-def _last_readable(states: list[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _last_readable(states: list[Path]) -> tuple[dict[str, Tensor], StateHeader]:
     for path, before in itertools.zip_longest(states, states[1:]):
         try:
-            return checkpoint.load(path)
+            return load_state(path)
         except CheckpointError as error:
             if before is None:
                 raise
             note(f"{error}; going on from {before.name}, the one before")
     raise AssertionError("there is at least one state")
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], StateHeader]:
+    """The tensors of a state, and what it says of itself.
+
+    Raises:
+        CheckpointError: if it is damaged, or no state of a training.
+    """
+    tensors, content = checkpoint.load(path)
+    try:
+        return tensors, StateHeader.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: not the state of a training, or a damaged one") from error
 
 
 def _diverged(what: str, task: Task, folder: Path) -> TrainingError:

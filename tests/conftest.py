@@ -72,7 +72,6 @@ def small_model(kind: str, *, pitch: bool = True) -> WaveformModel:
         LinearPrediction(8),
         LinearPredictionFromMel(SMALL_AUDIO, 4),
         StandardNormal(),
-        margin=1,
         pitch=PitchPredictor(SMALL_AUDIO, channels=4) if pitch else None,
         source=PeriodicSource(SMALL_AUDIO) if source else None,
     )
@@ -80,8 +79,10 @@ def small_model(kind: str, *, pitch: bool = True) -> WaveformModel:
 
 
 def small_mel(batch: int, frames: int, seed: int = 0) -> torch.Tensor:
-    """A log-mel for `small_model`: (batch, 5, frames + 2)."""
-    return torch.randn(batch, 5, frames + 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 - 5
+    """A log-mel for `small_model`: (batch, 5, frames + 2 * 5)."""
+    return (
+        torch.randn(batch, 5, frames + 10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 - 5
+    )
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

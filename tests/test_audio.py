@@ -34,7 +34,7 @@ def test_frame_k_of_a_crop_is_frame_k_of_the_file(
     """Also at the borders of the file, and with the context frames that the encoder looks at."""
     context, frames = 3, 10
     manifest = corpus(tmp_path / "audio", tiny, [40])
-    segments = Segments(manifest, tmp_path / "audio", "train", frames=frames, context=context)
+    segments = Segments(manifest, tmp_path / "audio", "train", frames=frames, margin=context)
     monkeypatch.setattr("wavedistill.data.read_samples", lambda *place: read_samples(*place).double())
     segments.log_mel.double()
     samples, _ = soundfile.read(tmp_path / "audio" / "0.wav")
@@ -158,7 +158,7 @@ def test_segments_start_everywhere_equally_often(tmp_path: Path, tiny: Recipe) -
     for i, utterance in enumerate(manifest.utterances):
         labels = (20 * i + torch.arange(utterance.frames)).repeat_interleave(tiny.audio.hop_length) / 1000
         audio.write(tmp_path / "audio" / f"{i}.wav", labels, tiny.audio.sample_rate)
-    segments = Segments(manifest, tmp_path / "audio", "train", frames=10, context=1)
+    segments = Segments(manifest, tmp_path / "audio", "train", frames=10, margin=1)
     first = segments.draw([random_stream(0, i) for i in range(3500)]).audio[:, 0]
     labels, counts = (first * 1000).round().int().unique(return_counts=True)
     assert labels.tolist() == [0, 1, 20, 21, 22, 23, 24]
@@ -168,7 +168,7 @@ def test_segments_start_everywhere_equally_often(tmp_path: Path, tiny: Recipe) -
 def test_segments_longer_than_every_utterance_are_refused(tmp_path: Path, tiny: Recipe) -> None:
     manifest = corpus(tmp_path / "audio", tiny, [11, 14])
     with pytest.raises(CorpusError, match=r"the longest has 14.*lower segment_frames"):
-        Segments(manifest, tmp_path / "audio", "train", frames=15, context=1)
+        Segments(manifest, tmp_path / "audio", "train", frames=15, margin=1)
 
 
 def test_dequantisation_fills_one_step_evenly() -> None:

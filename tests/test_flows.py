@@ -25,7 +25,8 @@ from wavedistill.flows import (
     StandardNormal,
 )
 from wavedistill.losses import monte_carlo_kl
-from wavedistill.models import build
+from wavedistill.models import build, margin
+from wavedistill.pitch import PITCH_CONTEXT
 from wavedistill.sampling import cached, invert, sample
 
 LENGTH = 22  # no multiple of the features' repetition
@@ -159,18 +160,41 @@ def test_density_of_the_waveform_is_that_of_the_residual_and_the_filter(kind: st
     with torch.no_grad():
         audio = sample(model(mel), noise(2, 48))
         _, log_prob = invert(model(mel), audio)
-        residual, ladj = model.analyse(torch.nn.functional.pad(audio, (8, 8)), mel)
+        residual, ladj = model.analyse(torch.nn.functional.pad(audio, (model.margin * 8,) * 2), mel)
         _, log_prob_residual = invert(model.residual(mel), residual)
     torch.testing.assert_close(log_prob_residual + ladj, log_prob, rtol=0, atol=1e-9)
 
 
 def test_analysis_of_a_crop_with_margins_is_the_crop_of_the_analysis() -> None:
     model, mel = small_model("teacher"), small_mel(1, 12)
-    audio = noise(1, 14 * 8)
+    audio = noise(1, (12 + 2 * model.margin) * 8)
     with torch.no_grad():
         whole, _ = model.analyse(audio, mel)
-        crop, _ = model.analyse(audio[:, 4 * 8 : 10 * 8], mel[..., 4:10])
+        crop, _ = model.analyse(audio[:, 4 * 8 : (8 + 2 * model.margin) * 8], mel[..., 4 : 8 + 2 * model.margin])
     torch.testing.assert_close(crop, whole[:, 4 * 8 : 8 * 8], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_a_crop_is_conditioned_as_the_whole_file(tiny_data: dict[str, Any], kind: str) -> None:
+    """At every place: F0, features and source see all that they look at, and none is made up at the edges."""
+    recipe = validate_recipe(tiny_data, "tiny.toml")
+    hop, model = recipe.audio.hop_length, randomise(build(kind, recipe, 0))
+    assert model.margin == margin(recipe)
+    mel = noise(1, recipe.audio.n_mels, 20 + 2 * model.margin) * 3 - 5
+    whole, crops = model.context(mel)[0], []
+    for first in range(20 - 4 + 1):
+        crops.append(model.context(mel[..., first : first + 4 + 2 * model.margin])[0])
+        features, steps = crops[-1][0], whole[0].shape[1] // 20
+        expected = whole[0][:, first * steps : (first + 4) * steps]
+        torch.testing.assert_close(features, expected, rtol=0, atol=1e-12)
+        if kind == "student":  # whose phase starts with the crop; the last channel is voicing
+            voiced = crops[-1][1][..., -1]
+            assert torch.equal(voiced, whole[1][:, first * hop : (first + 4) * hop, -1])
+    f0 = model.pitch(mel)
+    assert (f0 > 0).any()
+    assert f0.shape[1] == 20 + 2 * recipe.conditioning.context
+    alone = model.pitch(mel[..., 7 : 8 + 2 * PITCH_CONTEXT])
+    torch.testing.assert_close(alone, f0[:, 7:8], rtol=1e-12, atol=0)
 
 
 def test_kl_of_waveforms_is_the_kl_of_residuals() -> None:
@@ -293,22 +317,23 @@ def test_only_affine_flows_are_taken_for_an_affine_function_of_the_noise() -> No
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_a_model_uses_the_f0_it_is_given_at_its_own_place(tiny_data: dict[str, Any], kind: str) -> None:
     """With margins of more than the frame that the source looks at."""
-    tiny_data["conditioning"]["context"] = context = 3
+    tiny_data["conditioning"]["context"] = 3
     recipe = validate_recipe(tiny_data, "tiny.toml")
     hop, model = recipe.audio.hop_length, randomise(build(kind, recipe, 0))
-    mel = noise(1, recipe.audio.n_mels, 8 + 2 * context) - 5
-    f0 = torch.full((1, 8 + 2 * context), 120.0).double()
+    mel = noise(1, recipe.audio.n_mels, 8 + 2 * model.margin) - 5
+    f0 = torch.full((1, 8 + 2 * model.margin), 120.0).double()
 
     def context_of(f0: Tensor | None) -> tuple[Tensor, ...]:
         return tuple(part for part in model.residual(mel, f0).context[0] if part is not None)
 
     given, predicted = context_of(f0), context_of(None)
     assert all((a != b).any() for a, b in zip(given, context_of(2 * f0), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(predicted, context_of(model.pitch(mel)), strict=True))
+    own = torch.nn.functional.pad(model.pitch(mel), (PITCH_CONTEXT, PITCH_CONTEXT))
+    assert all(torch.equal(a, b) for a, b in zip(predicted, context_of(own), strict=True))
     if kind == "student":
         source = given[1]
         assert source.shape[1] == 8 * hop
         far, first = f0.clone(), f0.clone()
-        far[:, 0], first[:, context] = 200, 200
+        far[:, PITCH_CONTEXT], first[:, model.margin] = 200, 200
         assert torch.equal(context_of(far)[1], source), "a margin frame that touches no sample"
         assert (context_of(first)[1] != source).any(-1)[0, 0], "the first frame acts from the first sample on"

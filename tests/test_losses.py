@@ -33,7 +33,7 @@ from wavedistill.losses import (
     negative_log_likelihood,
     spectral_distance,
 )
-from wavedistill.models import WaveformModel, build
+from wavedistill.models import WaveformModel, build, margin
 
 
 def density_parameters(model: WaveformModel) -> list[tuple[str, Parameter]]:
@@ -192,7 +192,7 @@ def distillation(recipe: Recipe, **loss: Any) -> tuple[dict[str, Tensor], Wavefo
     recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"loss": changed})})
     student, teacher = (randomise(build(kind, recipe, 0)) for kind in ("student", "teacher"))
     teacher.requires_grad_(False)
-    hop, frames, context = recipe.audio.hop_length, 12, recipe.conditioning.context
+    hop, frames, context = recipe.audio.hop_length, 12, margin(recipe)
     audio = 0.1 * noise(2, (frames + 2 * context) * hop)
     mel = LogMel(recipe.audio).double().of_file(audio)
     batch = Batch(audio[:, context * hop : -context * hop], audio, mel, torch.full((2, mel.shape[2]), 100.0).double())
@@ -224,7 +224,7 @@ def test_reconstruction_is_exact_for_a_student_that_is_its_teacher(tiny: Recipe)
     student, teacher = build("student", tiny, 0), build("teacher", tiny, 0)
     audio = 0.1 * noise(1, 16 * tiny.audio.hop_length).float()
     mel = LogMel(tiny.audio).of_file(audio)
-    context = tiny.conditioning.context
+    context = margin(tiny)
     inner = audio[:, context * tiny.audio.hop_length : -context * tiny.audio.hop_length]
     loss = tiny.student.loss.model_copy(update={"x_reconstruction": 1.0, "z_reconstruction": 1.0})
     recipe = tiny.model_copy(update={"student": tiny.student.model_copy(update={"loss": loss})})

@@ -25,7 +25,8 @@ from wavedistill.distillation import Distillation, DistillationFromDensity
 from wavedistill.errors import RecipeError
 from wavedistill.experiment import Experiment
 from wavedistill.losses import monte_carlo_kl
-from wavedistill.models import WaveformModel, build
+from wavedistill.models import WaveformModel, build, margin
+from wavedistill.pitch import PITCH_CONTEXT
 from wavedistill.stages import STAGES
 from wavedistill.stages.evaluate import DRAW, densities
 from wavedistill.tasks import student_task
@@ -166,7 +167,7 @@ def test_it_computes_as_precisely_as_it_likes_beside_networks_in_bfloat16(
             seen.append((x.dtype, product.dtype))
             return product.square().sum(-1)
 
-    frames, context, hop = 6, recipe.conditioning.context, recipe.audio.hop_length
+    frames, context, hop = 6, margin(recipe), recipe.audio.hop_length
     audio = 0.1 * noise(1, (frames + 2 * context) * hop).float()
     mel = LogMel(recipe.audio).of_file(audio)
     batch = Batch(audio[:, context * hop : -context * hop], audio, mel, torch.zeros(1, mel.shape[2]))
@@ -214,7 +215,7 @@ def test_a_model_of_this_package_is_a_density_like_any_other(
     manifest = corpus(experiment.audio, recipe, [40])
     task = student_task(recipe, experiment.teacher(), experiment.device)
     assert not task.given, "nor is its predictor of F0 taken"
-    segments = Segments(manifest, experiment.audio, "train", frames=20, context=student.margin)
+    segments = Segments(manifest, experiment.audio, "train", frames=20, margin=student.margin)
     batch = segments.draw([random_stream(0)])
     found = task.terms(student, batch, [random_stream(1)])["kl"]
     z = student.base.noise(tuple(batch.audio.shape), random_stream(1))
@@ -244,10 +245,10 @@ def test_the_recipes_teacher_as_a_mere_density_gives_the_same_kl(
                 network.head.weight.copy_(0.5 * torch.randn(network.head.weight.shape, generator=generator))
     teacher.requires_grad_(False)
     teacher.pitch.load_state_dict(student.pitch.state_dict())
-    hop, frames, context = recipe.audio.hop_length, 12, recipe.conditioning.context
+    hop, frames, context = recipe.audio.hop_length, 12, margin(recipe)
     audio = 0.1 * noise(2, (frames + 2 * context) * hop)
     mel = LogMel(recipe.audio).double().of_file(audio)
-    f0 = student.pitch(mel)
+    f0 = torch.nn.functional.pad(student.pitch(mel), (PITCH_CONTEXT,) * 2)
     batch = Batch(audio[:, context * hop : -context * hop], audio, mel, f0)
     streams = [[random_stream(0, item) for item in range(2)] for _ in range(2)]
     pair, density = Distillation(teacher, recipe), DistillationFromDensity(teacher, recipe, audio.device)

@@ -18,7 +18,7 @@ from wavedistill.distillation import log_mel_filters
 from wavedistill.flows import BASES, Composition, FlowDistribution
 from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel
 from wavedistill.losses import log_mel_distance, spectral_distance
-from wavedistill.models import WaveformModel
+from wavedistill.models import WaveformModel, margin
 from wavedistill.tasks import teacher_task
 from wavedistill.training import fit, saved_states
 from wavedistill.wavenet import WaveNet
@@ -34,7 +34,7 @@ def lowered() -> torch.autocast:
 def speech(tiny: Recipe) -> tuple[Tensor, Tensor]:
     """Audio (2, T), and its log-mel with the context that the models want."""
     audio = 0.1 * noise(2, FRAMES * tiny.audio.hop_length).float()
-    return audio, LogMel(tiny.audio).of_file(audio, tiny.conditioning.context)
+    return audio, LogMel(tiny.audio).of_file(audio, margin(tiny))
 
 
 def moved(model: WaveformModel) -> WaveformModel:
@@ -64,7 +64,7 @@ def test_a_density_does_not_follow_autocast(tiny: Recipe, speech: tuple[Tensor, 
     """Neither its type nor a single bit of its value: linear prediction, flow and base, without a network."""
     audio, mel = speech
     envelope = LinearPredictionFromMel(tiny.audio, 24)
-    inner = mel[..., tiny.conditioning.context : -tiny.conditioning.context]
+    inner = mel[..., margin(tiny) : -margin(tiny)]
     transform = Composition([constant_flow("x", 0.3, -0.7), LinearPrediction(tiny.audio.hop_length)])
 
     def log_prob() -> Tensor:

@@ -47,7 +47,7 @@ def test_every_storage_gives_the_same_batches(prepared: dict[str, Experiment], t
     batches = []
     for experiment in prepared.values():
         manifest = Manifest.read(experiment.manifest)
-        segments = Segments(manifest, experiment.audio, "train", frames=10, context=2)
+        segments = Segments(manifest, experiment.audio, "train", frames=10, margin=2)
         batches.append(segments.draw([random_stream(0, item) for item in range(20)]))
     for batch in batches[1:]:
         assert all(map(torch.equal, batch, batches[0]))

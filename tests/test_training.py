@@ -22,7 +22,7 @@ from wavedistill.data import Batch, Manifest, Streams, dequantise, random_stream
 from wavedistill.errors import CheckpointError, TrainingError
 from wavedistill.experiment import Experiment, Stage, run_stage
 from wavedistill.losses import negative_log_likelihood
-from wavedistill.models import WaveformModel, build
+from wavedistill.models import WaveformModel, build, margin
 from wavedistill.pitch import PitchPredictor
 from wavedistill.sampling import sample
 from wavedistill.tasks import Task
@@ -316,7 +316,7 @@ def test_before_the_first_step_a_sample_has_the_level_of_the_data(
     recipe = validate_recipe(tiny_data, "tiny.toml")
     model = build(kind, recipe, seed=0)
     recording = speech_like(8000) * 10 ** (recipe.audio.level_db / 20) / speech_like(8000).std()
-    mel = LogMel(recipe.audio).of_file(recording[None], recipe.conditioning.context)
+    mel = LogMel(recipe.audio).of_file(recording[None], margin(recipe))
     x = sample(model(mel), model.base.noise((1, 8000), random_stream(0)))
     assert abs(rms_db(x[0]) - recipe.audio.level_db) < 2
     assert abs(x.mean()) < 0.01
@@ -328,7 +328,9 @@ def test_the_bound_of_log_scale_never_stops_the_gradient(tiny: Recipe) -> None:
     conditioner = flow.conditioner
     with torch.no_grad():
         conditioner.wavenet.head.bias[1] = -20.0
-    _, log_scale = conditioner(torch.zeros(1, 8), model.residual(torch.zeros(1, tiny.audio.n_mels, 3)).context[0])
+    _, log_scale = conditioner(
+        torch.zeros(1, 8), model.residual(torch.zeros(1, tiny.audio.n_mels, 1 + 2 * model.margin)).context[0]
+    )
     assert (log_scale >= tiny.teacher.min_log_scale).all()
     log_scale.sum().backward()
     assert conditioner.wavenet.head.bias.grad[1] > 0

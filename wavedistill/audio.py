@@ -45,10 +45,10 @@ class LogMel(nn.Module):
         magnitude: Tensor = self.spectrogram(audio)
         return (self.filters.T @ magnitude).clamp_min(MEL_FLOOR).log()
 
-    def of_file(self, audio: Tensor, context: int = 0) -> Tensor:
-        """A whole waveform (B, F * hop) -> log-mel (B, n_mels, F + 2 context), with silence before and after it."""
+    def of_file(self, audio: Tensor, margin: int = 0) -> Tensor:
+        """A whole waveform (B, F * hop) -> log-mel (B, n_mels, F + 2 margin), with silence before and after it."""
         mel = self(nn.functional.pad(audio, (self.overlap, self.overlap)))
-        return pad_frames(mel, context)
+        return pad_frames(mel, margin)
 
     def of_segment(self, audio: Tensor, inside: Tensor) -> Tensor:
         """As `forward`, but frames outside the file, where inside (B, F) is False, are those of `of_file`'s silence."""
@@ -68,9 +68,9 @@ def mel_filters(settings: Audio) -> Tensor:
     )
 
 
-def pad_frames(mel: Tensor, context: int) -> Tensor:
-    """Log-mel (..., F) -> (..., F + 2 context), with frames of silence at either end."""
-    return nn.functional.pad(mel, (context, context), value=LOG_MEL_FLOOR)
+def pad_frames(mel: Tensor, margin: int) -> Tensor:
+    """Log-mel (..., F) -> (..., F + 2 margin), with frames of silence at either end."""
+    return nn.functional.pad(mel, (margin, margin), value=LOG_MEL_FLOOR)
 
 
 def pad_to_hops(audio: Tensor, hop_length: int) -> Tensor:

@@ -172,20 +172,20 @@ def _synthesise(
     loaded: Checkpoint, path: Path, seed: int, temperature: float, *, fused: bool, bf16: bool
 ) -> tuple[Tensor, int]:
     """The waveform (T,) for one input file, and how many of its samples clip."""
-    settings, context = loaded.recipe.audio, loaded.recipe.conditioning.context
+    settings, margin = loaded.recipe.audio, loaded.model.margin
     if path.suffix.lower() == ".npy":
         given = audio.read_log_mel(path, settings.n_mels)
         said, gain = examine(path, given, loaded.heard), 1.0
-        mel = audio.pad_frames(given.clamp_min(audio.LOG_MEL_FLOOR)[None], context)
+        mel = audio.pad_frames(given.clamp_min(audio.LOG_MEL_FLOOR)[None], margin)
     else:
         samples = audio.pad_to_hops(audio.read(path, settings.sample_rate), settings.hop_length)
         said, gain = examine_f0(samples, settings, loaded.heard), audio.level_gain(samples, settings.level_db)
-        mel = audio.LogMel(settings).of_file(samples[None] * gain, context)
+        mel = audio.LogMel(settings).of_file(samples[None] * gain, margin)
     if said:
         note(f"{path}: {said}")
     model = loaded.model
     mel = mel.to(next(model.parameters()).device)
-    length = (mel.shape[-1] - 2 * context) * settings.hop_length
+    length = (mel.shape[-1] - 2 * margin) * settings.hop_length
     noise = model.base.noise((1, length), random_stream(seed)).to(mel) * temperature
     if loaded.kind == "student":
         with torch.autocast(mel.device.type, torch.bfloat16, enabled=bf16):

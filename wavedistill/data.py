@@ -89,9 +89,9 @@ class Batch(NamedTuple):
 
     Attributes:
         audio: (B, F * hop) the segments.
-        with_margins: (B, (F + 2 context) * hop) the segments with the audio around them, silent outside the file.
-        mel: (B, n_mels, F + 2 context) the log-mel of `with_margins`, as it is in the whole file.
-        f0: (B, F + 2 context) its F0 in Hz, 0 where unvoiced.
+        with_margins: (B, (F + 2 margin) * hop) the segments with the audio around them, silent outside the file.
+        mel: (B, n_mels, F + 2 margin) the log-mel of `with_margins`, as it is in the whole file.
+        f0: (B, F + 2 margin) its F0 in Hz, 0 where unvoiced.
     """
 
     audio: Tensor
@@ -147,7 +147,7 @@ class Segments:
         folder: the folder of its audio files.
         split: the part to draw from.
         frames: length of a segment in hops.
-        context: mel frames needed on either side of it.
+        margin: mel frames needed on either side of it.
         device: where the batches go.
     """
 
@@ -158,10 +158,10 @@ class Segments:
         split: Split,
         *,
         frames: int,
-        context: int,
+        margin: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.folder, self.frames, self.context, self.device = folder, frames, context, device
+        self.folder, self.frames, self.margin, self.device = folder, frames, margin, device
         self.hop_length, self.overlap = manifest.audio.hop_length, manifest.audio.overlap
         self.log_mel = LogMel(manifest.audio).to(device)
         self.utterances = [u for u in manifest.of(split) if u.frames >= frames]
@@ -184,13 +184,13 @@ class Segments:
 
     def cut(self, places: Sequence[tuple[Utterance, int]]) -> Batch:
         """The segments that start at given frames of given utterances."""
-        margin = self.context * self.hop_length
+        margin = self.margin * self.hop_length
         around, length = margin + self.overlap, self.frames * self.hop_length
         surroundings, inside, f0 = [], [], []
         for utterance, first in places:
             start = first * self.hop_length - around
             surroundings.append(read_samples(self.folder, utterance, start, length + 2 * around))
-            frames = torch.arange(first - self.context, first + self.frames + self.context)
+            frames = torch.arange(first - self.margin, first + self.frames + self.margin)
             inside.append((frames >= 0) & (frames < utterance.frames))
             f0.append(read_f0(self.folder, utterance)[frames.clamp(0, utterance.frames - 1)] * inside[-1])
         wide = torch.stack(surroundings).to(self.device)

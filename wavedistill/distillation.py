@@ -25,7 +25,7 @@ class Teacher(Protocol):
     """A density to distil from, known by its log_prob alone: a coupling flow, an energy, a model of another library."""
 
     def __call__(self, mel: Tensor, /) -> Density:
-        """The density of waveforms (B, F * hop_length) given log-mel (B, n_mels, F + 2 context).
+        """The density of waveforms (B, F * hop_length) given log-mel (B, n_mels, F + 2 margin).
 
         Its `log_prob` is differentiable in the waveform. Parameters of its own should not require a gradient.
         """

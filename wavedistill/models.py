@@ -26,7 +26,7 @@ from wavedistill.flows import (
     Transform,
 )
 from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel, Preemphasis
-from wavedistill.pitch import PITCH_CHANNELS, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
+from wavedistill.pitch import PITCH_CHANNELS, PITCH_CONTEXT, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
 from wavedistill.wavenet import MelEncoder, WaveNet, WaveNetState
 
 
@@ -80,9 +80,11 @@ class WaveformModel(nn.Module):
         shared: the bijection between residual and waveform.
         envelope: log-mel -> the context of linear prediction, or None where `shared` needs none.
         base: the distribution of the noise.
-        margin: frames of log-mel needed on either side, the context of the conditioning.
         pitch: log-mel -> F0, where none is given; None where the model is not conditioned on F0.
         source: F0 -> the signals that the flows' conditioners read beside the past, or None for none.
+
+    Attributes:
+        margin: frames of log-mel needed on either side: what the encoder looks at, and what F0 there is predicted from.
     """
 
     def __init__(
@@ -92,17 +94,17 @@ class WaveformModel(nn.Module):
         shared: Transform,
         envelope: LinearPredictionFromMel | Preemphasis | None,
         base: Base,
-        margin: int,
         pitch: PitchPredictor | None = None,
         source: PeriodicSource | None = None,
     ) -> None:
         super().__init__()
-        self.encoder, self.envelope, self.base, self.margin = encoder, envelope, base, margin
+        self.encoder, self.envelope, self.base = encoder, envelope, base
         self.flows, self.shared = Composition(flows), shared
         self.pitch, self.source = pitch, source
+        self.margin = encoder.context + (0 if pitch is None else PITCH_CONTEXT)
 
     def forward(self, mel: Tensor, f0: Tensor | None = None) -> FlowDistribution:
-        """The density of waveforms (B, F * hop_length) given log-mel (B, n_mels, F + 2 context) and F0 in Hz.
+        """The density of waveforms (B, F * hop_length) given log-mel (B, n_mels, F + 2 margin) and F0 in Hz, as long.
 
         A model that is conditioned on F0 predicts it from the log-mel where it is not given; others ignore it.
         """
@@ -115,8 +117,6 @@ class WaveformModel(nn.Module):
 
     def residual(self, mel: Tensor, f0: Tensor | None = None) -> FlowDistribution:
         """The density of residuals (B, F * hop_length), with the conditioning as in `forward`."""
-        if f0 is None and self.pitch is not None:
-            f0 = self.pitch(mel)
         context, _ = self.context(mel, f0)
         return FlowDistribution(self.flows, self.base, [context] * len(self.flows.parts))
 
@@ -131,38 +131,49 @@ class WaveformModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, WaveNet)]
 
     def shared_context(self, mel: Tensor) -> Context:
-        """What the last transform is conditioned on, for the middle F frames of log-mel (B, n_mels, F + 2 context)."""
-        return self._envelope(mel[..., self.margin : mel.shape[-1] - self.margin])
+        """What the last transform is conditioned on, for the middle F frames of log-mel (B, n_mels, F + 2 margin)."""
+        return self._envelope(_inside(mel, self.margin))
 
     def analyse(self, audio: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual and its per-step ladj (B, F * hop) of the middle of audio (B, (F + 2 context) * hop).
+        """Residual and its per-step ladj (B, F * hop) of the middle of audio (B, (F + 2 margin) * hop).
 
         The margins give the first samples their true past; so do zeros, where the audio starts.
         """
         residual, ladj = self.shared.inverse(audio, self._envelope(mel))
         cut = audio.shape[1] // mel.shape[-1] * self.margin
-        return residual[:, cut : audio.shape[1] - cut], ladj[:, cut : audio.shape[1] - cut]
+        return _inside(residual, cut), _inside(ladj, cut)
 
     def context(
-        self, mel: Tensor, f0: Tensor | None, phase: Tensor | None = None
+        self, mel: Tensor, f0: Tensor | None = None, phase: Tensor | None = None
     ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
         """Features and source, as every conditioner takes them, and the phase of the source after them.
 
         Args:
-            mel: log-mel (B, n_mels, F + 2 context).
-            f0: (B, F + 2 context) in Hz; ignored by a model that is not conditioned on it.
+            mel: log-mel (B, n_mels, F + 2 margin).
+            f0: (B, F + 2 margin) in Hz; predicted where it is not given.
             phase: of the source before them, as the call for the frames before gave it.
         """
-        if self.pitch is None or f0 is None:
+        if self.pitch is None:
             return (self.encoder(mel),), None
-        features = self.encoder(mel, self.pitch.features(f0))
+        f0 = self.pitch(mel) if f0 is None else _inside(f0, PITCH_CONTEXT)
+        features = self.encoder(_inside(mel, PITCH_CONTEXT), self.pitch.features(f0))
         if self.source is None:
             return (features, None), None
-        source, phase = self.source(f0[:, self.margin - 1 : f0.shape[1] - self.margin + 1], phase)
+        source, phase = self.source(_inside(f0, self.encoder.context - 1), phase)
         return (features, source), phase
 
     def _envelope(self, mel: Tensor) -> Context:
         return None if self.envelope is None else self.envelope(mel)
+
+
+def margin(recipe: Recipe) -> int:
+    """The frames of log-mel that a recipe's models need on either side."""
+    return recipe.conditioning.context + (PITCH_CONTEXT if recipe.conditioning.pitch else 0)
+
+
+def _inside(whole: Tensor, cut: int) -> Tensor:
+    """What is left of (..., T) without so many at either end."""
+    return whole[..., cut : whole.shape[-1] - cut]
 
 
 def teacher(recipe: Recipe) -> WaveformModel:
@@ -249,7 +260,6 @@ def _model(recipe: Recipe, base: Base, flows: list[Autoregressive], *, source: b
         Scale(level) if envelope is None else LinearPrediction(recipe.audio.hop_length),
         envelope,
         base,
-        conditioning.context,
         PitchPredictor(recipe.audio) if conditioning.pitch else None,
         PeriodicSource(recipe.audio) if source else None,
     )

@@ -90,6 +90,9 @@ class PeriodicSource(nn.Module):
 class PitchPredictor(nn.Module):
     """F0 from a log-mel alone, where none is given: a few convolutions over frames.
 
+    None is padded: the caller gives `PITCH_CONTEXT` real neighbours on either side, so that a crop has the F0 of the
+    whole file.
+
     Args:
         settings: of the log-mel.
         channels: width.
@@ -100,11 +103,11 @@ class PitchPredictor(nn.Module):
     def __init__(self, settings: Audio, channels: int = 128) -> None:
         super().__init__()
         self.low, self.high = math.log(settings.f0_min), math.log(settings.f0_max)
-        padding = PITCH_CONTEXT // 2
+        taps = PITCH_CONTEXT + 1
         self.layers = nn.Sequential(
-            nn.Conv1d(settings.n_mels, channels, 2 * padding + 1, padding=padding, padding_mode="replicate"),
+            nn.Conv1d(settings.n_mels, channels, taps),
             nn.LeakyReLU(0.2),
-            nn.Conv1d(channels, channels, 2 * padding + 1, padding=padding, padding_mode="replicate"),
+            nn.Conv1d(channels, channels, taps),
             nn.LeakyReLU(0.2),
             nn.Conv1d(channels, BINS + 1, 1),
         )
@@ -112,7 +115,7 @@ class PitchPredictor(nn.Module):
 
     @torch.no_grad()
     def forward(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, n_mels, F) -> F0 (B, F), without gradient.
+        """Log-mel (B, n_mels, F + 2 PITCH_CONTEXT) -> F0 (B, F), without gradient.
 
         In float64, because the number of harmonics of a pulse train jumps with F0: rounding must not decide.
         """
@@ -133,7 +136,13 @@ class PitchPredictor(nn.Module):
         return torch.stack([voiced.to(f0.dtype), height.where(voiced, 0.0)], 1)
 
     def loss(self, mel: Tensor, f0: Tensor) -> Tensor:
-        """Cross-entropy of voicing, and where voiced of F0's bin, in nats a frame; f0 (B, F) is that of the audio."""
+        """Cross-entropy of voicing, and where voiced of F0's bin, in nats a frame.
+
+        Args:
+            mel: log-mel (B, n_mels, F + 2 PITCH_CONTEXT).
+            f0: that of the audio in the same frames, of which the middle F count.
+        """
+        f0 = f0[:, PITCH_CONTEXT : f0.shape[1] - PITCH_CONTEXT]
         voicing, bins = self._logits(mel)
         voiced = (f0 > 0).to(mel.dtype)
         width = (self.high - self.low) / (BINS - 1)

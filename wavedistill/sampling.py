@@ -15,7 +15,6 @@ from wavedistill.compiled import CompiledLoop
 from wavedistill.flows import Affine, Autoregressive, Composition, Context, FlowDistribution, Parameters, Transform
 from wavedistill.linear_prediction import LinearPrediction
 from wavedistill.models import ConditionerNetwork, WaveformModel, require_compiler
-from wavedistill.pitch import PITCH_CONTEXT
 from wavedistill.progress import progress
 from wavedistill.wavenet import WaveNetState
 
@@ -153,8 +152,7 @@ def stream(
     """The waveform of a parallel model block by block, equal to that of one pass, in memory that does not grow.
 
     Every block goes through all flows while it is in the processor's caches, which makes this the fastest way on a CPU
-    too. What follows a frame by up to the conditioning's context, and four frames more where F0 is predicted, has to be
-    known before its samples are.
+    too. The frames of a model's margin that follow a frame have to be known before its samples are.
 
     Args:
         model: a student.
@@ -170,23 +168,13 @@ def stream(
         RecipeError: if it is to be compiled, and there is no compiler.
     """
     draw, margin = _ParallelBlocks(model, noise, compiled), model.margin
-    ahead = PITCH_CONTEXT if model.pitch else 0
-    # The frames that are known and still needed, the number of the first of them, and of the next to become a block.
-    known, first, following = None, 0, 0
-    for piece, is_last in _with_last(mel):
+    known: Tensor | None = None  # and not drawn yet, but for the margin before it
+    for piece in mel:
         known = piece if known is None else torch.cat([known, piece], -1)
-        ready = first + known.shape[-1] - 2 * margin - (0 if is_last else ahead)
-        while following < ready:
-            count = min(draw.most_frames, ready - following) + 2 * margin
-            f0 = None
-            if model.pitch is not None:
-                begin = max(0, following - ahead)
-                f0 = model.pitch(known[..., begin - first : following - first + count + ahead])
-                f0 = f0[:, following - begin :][:, :count]
-            yield draw(known[..., following - first :][..., :count], f0)
-            following += count - 2 * margin
-        unused = max(0, following - ahead - first)
-        known, first = known[..., unused:], first + unused
+        while (ready := known.shape[-1] - 2 * margin) > 0:
+            count = min(draw.most_frames, ready)
+            yield draw(known[..., : count + 2 * margin])
+            known = known[..., count:]
 
 
 def slices(noise: Tensor) -> Callable[[int], Tensor]:
@@ -224,10 +212,10 @@ class _ParallelBlocks:
         self._phase: Tensor | None = None
         self._tail: Tensor | None = None
 
-    def __call__(self, mel: Tensor, f0: Tensor | None) -> Tensor:
-        """The next F * hop_length samples, from log-mel (B, n_mels, F + 2 context) and F0 (B, F + 2 context)."""
+    def __call__(self, mel: Tensor) -> Tensor:
+        """The next F * hop_length samples, from log-mel (B, n_mels, F + 2 margin)."""
         model, frames = self.model, mel.shape[-1] - 2 * self.model.margin
-        context, self._phase = model.context(mel, f0, self._phase)
+        context, self._phase = model.context(mel, phase=self._phase)
         # What is compiled for one layout in memory, a view for instance, is compiled anew for another.
         x = self.noise(frames * model.encoder.hop_length).clone(memory_format=torch.contiguous_format)
         if not self._states:
@@ -366,17 +354,6 @@ def _covering(
 
 def _solve(flow: Autoregressive, given: Tensor, parameters: Parameters) -> Tensor:
     return (flow.elementwise.to_x if flow.reads == "x" else flow.elementwise.to_z)(given, *parameters)[0]
-
-
-def _with_last(pieces: Iterable[Tensor]) -> Iterator[tuple[Tensor, bool]]:
-    """Each piece, and whether it is the last."""
-    previous = None
-    for piece in pieces:
-        if previous is not None:
-            yield previous, False
-        previous = piece
-    if previous is not None:
-        yield previous, True
 
 
 def _steps(start: int, stop: int, label: str | None, stride: int = 1) -> Iterable[int]:

@@ -21,7 +21,7 @@ from wavedistill.config import Recipe, Training
 from wavedistill.data import Batch, Heard, Manifest, Segments, Streams, random_stream
 from wavedistill.engine import by_first, launch, tensorboard
 from wavedistill.errors import CheckpointError, RecipeError, TrainingError
-from wavedistill.models import WaveformModel, build, compile_networks
+from wavedistill.models import WaveformModel, build, compile_networks, margin
 from wavedistill.progress import note, progress
 from wavedistill.tasks import Task
 
@@ -242,7 +242,7 @@ class Batches:
                 audio_folder,
                 split,
                 frames=settings.segment_frames,
-                context=recipe.conditioning.context,
+                margin=margin(recipe),
                 device=fabric.device,
             )
             for split in ("train", "valid")

@@ -34,6 +34,7 @@ class MelEncoder(nn.Module):
 
     def __init__(self, n_mels: int, channels: int, context: int, upsample: tuple[int, ...], others: int = 0) -> None:
         super().__init__()
+        self.context = context
         self.frames = nn.Conv1d(n_mels + others, channels, 2 * context + 1)
         self.hop_length = math.prod(upsample)
         self.upsample = nn.ModuleList(nn.Linear(channels, scale * channels) for scale in upsample[:-1])

@@ -369,11 +369,11 @@ def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable
         assert isinstance(flow, Autoregressive)
         past = sampling.conditioner_of(flow).wavenet.receptive_field
         solver, length = functools.partial(sampling.naive, start=past), past + length
-    hop, context = recipe.audio.hop_length, recipe.conditioning.context
+    hop = recipe.audio.hop_length
     utterance = max(experiment.corpus().of("test"), key=lambda u: u.frames)
     recorded = LogMel(recipe.audio).of_file(read_samples(experiment.audio, utterance)[None]).to(device)
     recorded = recorded.expand(job.batch_size, -1, -1)
-    frames = -(-length // hop) + 2 * context
+    frames = -(-length // hop) + 2 * model.margin
 
     def pieces() -> Iterator[Tensor]:
         for first in range(0, frames, PIECE):

@@ -16,6 +16,7 @@ from wavedistill.flows import FlowDistribution, Scale, StandardNormal
 from wavedistill.losses import Density, monte_carlo_kl, negative_log_likelihood
 from wavedistill.machine import machine
 from wavedistill.models import WaveformModel, build
+from wavedistill.pitch import PITCH_CONTEXT
 from wavedistill.progress import note, progress
 from wavedistill.sampling import sample
 from wavedistill.verdict import Scores, against_untrained, gates, in_words, mean
@@ -94,7 +95,7 @@ def densities(
     # What is known before any model: independent Gaussian samples at the recipe's level.
     level_gaussian = FlowDistribution(Scale(10 ** (recipe.audio.level_db / 20)).to(device), StandardNormal())
     clips = [read_samples(experiment.audio, utterance) for utterance in test]
-    mels = [log_mel.of_file(clip[None].to(device), recipe.conditioning.context) for clip in clips]
+    mels = [log_mel.of_file(clip[None].to(device), student.margin) for clip in clips]
     values: dict[str, list[float]] = {}
     for i, clip in enumerate(progress(iterable=clips, desc="densities", unit="clip")):
         mel = mels[i]
@@ -154,7 +155,7 @@ def synthesise(
     # One batch: the sequential sampler takes as many steps for all clips as for the longest.
     padded = torch.stack([torch.nn.functional.pad(clip, (0, longest - len(clip))) for clip in clips])
     log_mel = audio.LogMel(recipe.audio)
-    mel = log_mel.of_file(padded, recipe.conditioning.context).to(device)
+    mel = log_mel.of_file(padded, student.margin).to(device)
 
     def drawn(model: WaveformModel, label: str | None = None) -> list[Tensor]:
         noise = model.base.noise(tuple(padded.shape), random_stream(recipe.seed, SYNTHESISE)).to(device)
@@ -194,7 +195,7 @@ def pitch_from_mel(experiment: Experiment, student: WaveformModel, test: list[Ut
     log_mel = audio.LogMel(experiment.recipe.audio)
     tracked, predicted = [], []
     for utterance in test:
-        mel = log_mel.of_file(read_samples(experiment.audio, utterance)[None]).to(experiment.device)
+        mel = log_mel.of_file(read_samples(experiment.audio, utterance)[None], PITCH_CONTEXT).to(experiment.device)
         tracked.append(read_f0(experiment.audio, utterance))
         predicted.append(student.pitch(mel)[0].cpu())
     return metrics.f0_agreement(torch.cat(tracked), torch.cat(predicted))

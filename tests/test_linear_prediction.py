@@ -172,3 +172,11 @@ def test_models_share_whichever_last_transform_the_recipe_asks_for(
         assert (found - z).abs().max() < 1e-9
         waves.append(x)
     torch.testing.assert_close(waves[0], waves[1], rtol=0.1, atol=1e-2)
+
+
+def test_its_constants_stay_exact_whatever_the_model_is_cast_to(tiny: Recipe) -> None:
+    envelope, mel = LinearPredictionFromMel(tiny.audio, 24), noise(1, tiny.audio.n_mels, 9) * 2 - 5
+    expected = envelope(mel)
+    for cast in (envelope.float, envelope.half, envelope.bfloat16, lambda: envelope.to(torch.float32)):
+        cast()
+        assert all(map(torch.equal, envelope(mel), expected))

@@ -1,7 +1,9 @@
 """Every sampler equals the naive one, which equals the definition."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import RECIPES, SMALL_AUDIO, noise, small_flow, small_mel, small_model
+from tests.conftest import RECIPES, noise, small_flow, small_mel, small_model
 from wavedistill.compiled import AHEAD, _exponential, _solve_mixture
 from wavedistill.config import Recipe
-from wavedistill.flows import Affine, Autoregressive, Elementwise, MixtureCdf, StandardLogistic, StandardNormal
-from wavedistill.linear_prediction import LinearPredictionFromMel
+from wavedistill.flows import Affine, Autoregressive, Elementwise, MixtureCdf, Scale, StandardLogistic, StandardNormal
 from wavedistill.models import compiler
 from wavedistill.sampling import (
     STREAM_VALUES,
@@ -222,16 +223,32 @@ def test_a_stream_in_float32_equals_one_pass(pieces: int, monkeypatch: pytest.Mo
     """Rounding differs with the length of a block; it must not decide on harmonics, nor ring on in a filter."""
     monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6)
     model = small_model("student").float()
-    model.envelope = LinearPredictionFromMel(SMALL_AUDIO, 4)  # whose constants are in float64
     mel, z = small_mel(2, 38).float(), noise(2, 38 * 8).float()
     streamed = torch.cat(list(stream(model, mel.split(pieces, -1), slices(z))), 1)
     whole = sample(model(mel), z)
     assert (streamed - whole).abs().max() < 1e-6 * whole.abs().max()
 
 
-def test_a_sequential_model_cannot_be_streamed() -> None:
-    with pytest.raises(ValueError, match="parallel"):
+def test_what_cannot_be_streamed_is_refused_and_no_part_of_it_left_out() -> None:
+    with pytest.raises(ValueError, match="Autoregressive among its flows"):
         next(stream(small_model("teacher"), [small_mel(1, 5)], lambda n: noise(1, n)))
+    scaled = small_model("student")
+    scaled.flows.parts.append(Scale(2.0))
+    with pytest.raises(ValueError, match="Scale among its flows"):
+        next(stream(scaled, [small_mel(1, 5)], lambda n: noise(1, n)))
+    with pytest.raises(ValueError, match="noise for 39 steps"):
+        list(stream(small_model("student"), [small_mel(1, 5)], slices(noise(1, 39))))
+
+
+@pytest.mark.parametrize("solver", [naive, cached, compiled])
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_every_sampler_runs_under_autocast(kind: str, solver: Solver) -> None:
+    model, mel, z = small_model(kind).float(), small_mel(1, 5).float(), noise(1, 40).float()
+    expected = sample(model(mel), z, solver)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sample(model(mel), z, solver)
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_recorded_steps_equal_naive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,10 +265,16 @@ def test_recorded_steps_equal_naive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wavedistill.sampling.STEPS_BLOCK", 10)
     flow, z = small_flow("x", source_channels=2), noise(2, 37)
     context = (noise(2, 10, 3), noise(2, 40, 2))
-    with torch.no_grad():
-        for noisy in (z, -z):  # the second on the first one's recording
+    # The second on the first one's recording, in another mode.
+    for noisy, mode in ((z, torch.inference_mode()), (-z, torch.no_grad())):
+        with mode:
             assert (graphed(flow, noisy, context) - naive(flow, noisy, context)).abs().max() < 1e-9
     assert len(recordings) == 1
+    gone = weakref.ref(flow)
+    recordings.clear()
+    del flow
+    gc.collect()
+    assert gone() is None, "a recording does not keep its model alive"
 
 
 def test_what_cannot_be_recorded_is_refused() -> None:

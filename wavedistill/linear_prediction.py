@@ -1,7 +1,8 @@
 """Linear prediction as a flow: an autoregressive bijection with a linear conditioner, computed from the log-mel."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import numba
 import numpy as np
@@ -107,6 +108,14 @@ class LinearPredictionFromMel(nn.Module):
         self.register_buffer("band_gain", gain.clamp_min(1e-30).log(), persistent=False)
         self.register_buffer("lag_window", torch.from_numpy(np.exp(-0.5 * lag**2)), persistent=False)
         self.power_scale = float(4 / torch.pi / window_power)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Go where the model goes, but keep constants in float64, whatever its networks are cast to."""
+        constants = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, constant in constants.items():
+            self._buffers[name] = constant.to(getattr(self, name).device)
+        return self
 
     def forward(self, log_mel: Tensor) -> tuple[Tensor, Tensor]:
         """Log-mel (B, n_mels, F) -> coefficients (B, F, order) and log-gain (B, F); without gradient."""

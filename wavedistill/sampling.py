@@ -4,7 +4,7 @@ An autoregressive bijection has one direction that takes T steps: there, the con
 being produced (x of the teacher, or z of a student flow that is inverted). A `Solver` computes that direction.
 """
 
-import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
@@ -72,7 +72,7 @@ def graphed(
 ) -> Tensor:
     """As `cached`, with a block of its steps recorded once as a CUDA graph and replayed: for affine flows on a GPU.
 
-    The last recording is kept, and serves again for the same flow and batch size.
+    A flow's last recording is kept for as long as the flow lives, and serves again for the same batch size.
 
     Raises:
         ValueError: for a mixture, whose inverse is found by a search that looks at values.
@@ -80,19 +80,26 @@ def graphed(
     if not isinstance(flow.elementwise, Affine):
         raise ValueError("only the steps of an affine flow can be recorded; use `cached` for a mixture")
     features, source = _covering(flow, given, context)
+    # A recording is good for as long as the weights stay in their place.
     place = conditioner_of(flow).wavenet.input.weight.data_ptr()
-    steps, replay = _recorded(flow, place, len(given), 0 if source is None else source.shape[-1])
+    use = (place, len(given), 0 if source is None else source.shape[-1])
+    if flow not in _RECORDINGS or _RECORDINGS[flow][0] != use:
+        _RECORDINGS[flow] = (use, *_recorded(flow, *use[1:]))
+    _, steps, replay = _RECORDINGS[flow]
     steps.reset()
     return steps.all(given, features, source, label, lambda count: replay())
 
 
-@functools.lru_cache(maxsize=1)
-def _recorded(
-    flow: Autoregressive, place: int, batch_size: int, source_channels: int
-) -> tuple["_Steps", Callable[[], None]]:
-    """A recording of steps, which is good for as long as the weights stay in their place."""
-    steps = _Steps(flow, batch_size, source_channels)
-    return steps, _record(lambda: steps.run(steps.size), steps.given.device)
+def _recorded(flow: Autoregressive, batch_size: int, source_channels: int) -> tuple["_Steps", Callable[[], None]]:
+    """Steps, and their recording."""
+    with torch.inference_mode(False), torch.no_grad():  # buffers that may be written in any mode
+        steps = _Steps(flow, batch_size, source_channels)
+        return steps, _record(lambda: steps.run(steps.size), steps.given.device)
+
+
+_RECORDINGS: weakref.WeakKeyDictionary[Autoregressive, tuple[tuple[int, ...], "_Steps", Callable[[], None]]]
+_RECORDINGS = weakref.WeakKeyDictionary()
+"""Of each flow: what it was made for, its steps, and what replays them. None of them may hold the flow."""
 
 
 def _record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -106,7 +113,8 @@ def _record(run: Callable[[], None], device: torch.device) -> Callable[[], None]
             run()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Only what this thread does: another may be waiting for other GPUs meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
     return graph.replay
 
@@ -164,7 +172,7 @@ def stream(
         Blocks (B, n) of the waveform, each a whole number of hops; together F * hop_length samples.
 
     Raises:
-        ValueError: if the model has a flow that samples step by step.
+        ValueError: if the model has a flow that is not inverse autoregressive.
         RecipeError: if it is to be compiled, and there is no compiler.
     """
     draw, margin = _ParallelBlocks(model, noise, compiled), model.margin
@@ -178,12 +186,14 @@ def stream(
 
 
 def slices(noise: Tensor) -> Callable[[int], Tensor]:
-    """For `stream`: gives noise (B, T) that is drawn already, piece by piece."""
+    """For `stream`: gives noise (B, T) that is drawn already, piece by piece; a `ValueError` where it ends too soon."""
     position = 0
 
     def following(count: int) -> Tensor:
         nonlocal position
         position += count
+        if position > noise.shape[1]:
+            raise ValueError(f"noise for {noise.shape[1]} steps, and the log-mel is of {position} or more")
         return noise[:, position - count : position]
 
     return following
@@ -193,10 +203,14 @@ class _ParallelBlocks:
     """Consecutive blocks of a parallel model's waveform; arguments as in `stream`."""
 
     def __init__(self, model: WaveformModel, noise: Callable[[int], Tensor], compiled: bool) -> None:
-        self.model, self.noise = model, noise
-        self.flows = [part for part in model.flows.parts if isinstance(part, Autoregressive)]
-        if any(flow.reads == "x" for flow in self.flows):
-            raise ValueError("only parallel models can be streamed: a masked autoregressive flow samples step by step")
+        self.model, self.noise, self.flows = model, noise, []
+        for part in model.flows.parts:
+            if not (isinstance(part, Autoregressive) and part.reads == "z"):
+                raise ValueError(
+                    "only inverse autoregressive flows can be streamed, which remember their past, and "
+                    f"this model has {type(part).__name__} among its flows"
+                )
+            self.flows.append(part)
         widest = max(conditioner_of(flow).wavenet.channels for flow in self.flows)
         values_a_frame = model.encoder.hop_length * widest
         self.most_frames = max(1, STREAM_VALUES[next(model.parameters()).device.type] // values_a_frame)
@@ -276,7 +290,8 @@ class _Steps:
     """
 
     def __init__(self, flow: Autoregressive, batch_size: int, source_channels: int) -> None:
-        self.flow, self.conditioner = flow, conditioner_of(flow)
+        self.conditioner = conditioner_of(flow)
+        self._solve = flow.elementwise.to_x if flow.reads == "x" else flow.elementwise.to_z
         net = self.conditioner.wavenet
         self.repeat = net.repeat
         self.size = -(-STEPS_BLOCK // net.repeat) * net.repeat
@@ -304,7 +319,7 @@ class _Steps:
             context = None if self.context is None else self.context[i // self.repeat]
             source = None if self.source is None else self.source[i]
             parameters = self.conditioner.step(previous, self.state, context, source)
-            previous = self.out[i] = _solve(self.flow, self.given[i], parameters)
+            previous = self.out[i] = self._solve(self.given[i], *parameters)[0]
         self.previous.copy_(previous)
         self.state.advance(count)
 

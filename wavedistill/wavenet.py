@@ -197,7 +197,7 @@ class WaveNet(nn.Module):
         if source is not None:
             inputs = torch.cat([inputs, source], -1)
         h = self.input(inputs)  # (B, C)
-        skip = h.new_zeros(())
+        skip = previous.new_zeros(1, 1)  # under autocast, sums stay as precise as the signal
         for i, dilation in enumerate(self.dilations):
             history = state.history[i]
             first = state.position

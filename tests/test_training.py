@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from wavedistill import checkpoint
 from wavedistill.audio import LogMel, rms_db
 from wavedistill.config import Recipe, validate_recipe
 from wavedistill.data import Batch, Manifest, Streams, dequantise, random_stream
-from wavedistill.errors import CheckpointError, TrainingError
+from wavedistill.errors import CheckpointError, CorpusError, TrainingError
 from wavedistill.experiment import Experiment, Stage, run_stage
 from wavedistill.losses import negative_log_likelihood
 from wavedistill.models import WaveformModel, build, margin
 from wavedistill.pitch import PitchPredictor
 from wavedistill.sampling import sample
 from wavedistill.tasks import Task
-from wavedistill.training import Learner, Outcome, fit, learning_rate, saved_states, update_average
+from wavedistill.training import Learner, Outcome, fit, learning_rate, read_ahead, saved_states, update_average
 
 STEPS = 24
 
@@ -282,6 +283,29 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_keeps_the_checkpoint(
     with pytest.raises(TrainingError, match=r"not finite .*step .*lower teacher\.training\.learning_rate"):
         train("a")
     assert all(value.isfinite().all() for value in weights(tmp_path / "a").values())
+
+
+def test_reading_ahead_gives_each_step_its_own_batch_and_its_own_error() -> None:
+    """Whatever steps are asked for; the one after is read before it is asked for, and an error waits for its step."""
+    read: list[int] = []
+    after = threading.Event()
+
+    def of_step(step: int) -> int:
+        read.append(step)
+        if step == 3:
+            after.set()
+        if step == 5:
+            raise CorpusError("gone")
+        return 10 * step
+
+    ahead = read_ahead(of_step)
+    assert ahead(2) == 20
+    assert after.wait(10)
+    assert [ahead(step) for step in (3, 7, 4)] == [30, 70, 40]
+    with pytest.raises(CorpusError, match="gone"):
+        ahead(5)
+    assert ahead(6) == 60
+    assert read.count(4) == 2, "read ahead, dropped, and read again"
 
 
 def test_average_weighs_the_old_value_with_the_decay() -> None:

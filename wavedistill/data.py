@@ -193,7 +193,10 @@ class Segments:
             frames = torch.arange(first - self.margin, first + self.frames + self.margin)
             inside.append((frames >= 0) & (frames < utterance.frames))
             f0.append(read_f0(self.folder, utterance)[frames.clamp(0, utterance.frames - 1)] * inside[-1])
-        wide = torch.stack(surroundings).to(self.device)
+        wide = torch.stack(surroundings)
+        if torch.device(self.device).type == "cuda":  # from pinned memory, a copy does not wait
+            wide = wide.pin_memory()
+        wide = wide.to(self.device, non_blocking=True)
         return Batch(
             audio=wide[:, around : around + length],
             with_margins=wide[:, self.overlap : self.overlap + length + 2 * margin],

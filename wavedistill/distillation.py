@@ -159,8 +159,8 @@ def log_mel_filters(recipe: Recipe, device: torch.device) -> dict[int, Tensor]:
     """The filterbanks of the log-mel distance, without bands that are too narrow to hold a bin."""
     filters = {}
     for n_fft in recipe.student.spectral_n_ffts:
-        bank = mel_filters(recipe.audio.model_copy(update={"n_fft": n_fft})).to(device)
-        filters[n_fft] = bank[:, bank.sum(0) > 0]
+        bank = mel_filters(recipe.audio.model_copy(update={"n_fft": n_fft}))
+        filters[n_fft] = bank[:, bank.sum(0) > 0].to(device)
     return filters
 
 

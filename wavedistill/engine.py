@@ -29,7 +29,10 @@ def launch(device: torch.device) -> "Fabric":
         UserError: if there are fewer devices than processes, or the machines do not have equally many processes.
     """
     from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
+    # All in float32 is what a recipe says: by default, a GPU's convolutions would round to ten bits.
+    torch.backends.cudnn.allow_tf32 = False
     if processes() == 1:
         devices = [device.index or 0] if device.type == "cuda" else 1
         fabric = Fabric(accelerator=device.type, devices=devices)
@@ -42,7 +45,9 @@ def launch(device: torch.device) -> "Fabric":
             )
         if processes() % local:
             raise UserError("torchrun: give every machine the same --nproc-per-node")
-        fabric = Fabric(accelerator=device.type, strategy="ddp", devices=local, num_nodes=processes() // local)
+        # Buffers are constants here: the same in every process.
+        strategy = DDPStrategy(broadcast_buffers=False)
+        fabric = Fabric(accelerator=device.type, strategy=strategy, devices=local, num_nodes=processes() // local)
     fabric.launch()
     return fabric
 

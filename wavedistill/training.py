@@ -6,14 +6,16 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 import torch
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from wavedistill import checkpoint
 from wavedistill.audio import LOG_MEL_FLOOR
@@ -39,6 +41,8 @@ TRAIN, VALID, HEARD = 0, 1, 2
 """Purposes of random streams."""
 HEARD_SEGMENTS = 256
 """Of the training split, for what a checkpoint says that its model was trained on."""
+
+Found = TypeVar("Found")
 
 
 class Outcome(NamedTuple):
@@ -86,6 +90,8 @@ def fit(
     settings, fabric = task.settings, launch(device)
     batches = Batches(task, manifest, audio_folder, recipe, fabric)
     heard = batches.heard()
+    # A GPU would wait for files; a CPU has nobody else to read them.
+    batch_of = batches.of_step if device.type == "cpu" else read_ahead(batches.of_step)
     learner = Learner(task, recipe, fabric)
     if settings.compile:
         compile_networks(learner.model)
@@ -116,7 +122,7 @@ def fit(
             validate(log)
             state.save(folder)
         while state.step < settings.steps:
-            terms, norm = learner.step(batches.of_step(state.step), state.step)
+            terms, norm = learner.step(batch_of(state.step), state.step)
             state.count(norm)
             bar.update()
             if not math.isfinite(norm):
@@ -187,11 +193,11 @@ class Learner:
                 unweighted = [term for name, term in terms.items() if name not in self.task.weights]
                 self.fabric.backward(objective(terms, self.task.weights) + sum(unweighted))
             found = {name: term.detach() + found.get(name, 0) for name, term in terms.items()}
-        norm, predictor_norm = (
-            float(nn.utils.clip_grad_norm_(parameters, settings.grad_clip))
-            for parameters in (self._density, self._predictor)
-        )
-        if not math.isfinite(norm + predictor_norm):
+        norms = [
+            nn.utils.clip_grad_norm_(part, settings.grad_clip) for part in (self._density, self._predictor) if part
+        ]
+        norm, *predictor_norm = torch.stack(norms).tolist()  # the one place where a step waits for a GPU
+        if not math.isfinite(norm + sum(predictor_norm)):
             return found, math.nan
         self.optimizer.step()
         update_average(self.average, self.model, settings.ema_decay, step + 1)
@@ -248,9 +254,9 @@ class Batches:
             for split in ("train", "valid")
         )
 
-    def of_step(self, step: int) -> Iterator[tuple[Batch, Streams]]:
+    def of_step(self, step: int) -> list[tuple[Batch, Streams]]:
         """The parts of a training step's batch."""
-        return self._parts(self.train, TRAIN, step)
+        return list(self._parts(self.train, TRAIN, step))
 
     @torch.no_grad()
     def validate(self, model: WaveformModel) -> dict[str, float]:
@@ -298,6 +304,20 @@ class StateHeader(BaseModel):
     skipped_in_a_row: NonNegativeInt
     best: tuple[int, float, dict[str, float]] | None
     """Step, objective and validation terms of the model that is kept."""
+
+
+def read_ahead(read: Callable[[int], Found]) -> Callable[[int], Found]:
+    """A function of a step that is called for the step after in another thread, while its caller is at work."""
+    thread = ThreadPoolExecutor(1)
+    ahead: dict[int, Future[Found]] = {}
+
+    def of_step(step: int) -> Found:
+        wanted = ahead.pop(step, None) or thread.submit(read, step)
+        ahead.clear()
+        ahead[step + 1] = thread.submit(read, step + 1)
+        return wanted.result()
+
+    return of_step
 
 
 class State:
@@ -451,8 +471,8 @@ def learning_rate(settings: Training, step: int) -> float:
 def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     r"""Move the average towards the model: :math:`\bar w \leftarrow d \bar w + (1 - d) w`, d smaller in early steps."""
     decay = min(decay, step / (step + 10))
-    for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-        kept.lerp_(new, 1 - decay)
+    move = get_ema_multi_avg_fn(decay)
+    move(list(average.parameters()), list(model.parameters()), step)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -148,9 +149,10 @@ def test_training_lowers_the_validation_loss_and_keeps_the_best(tmp_path: Path, 
 
 def test_a_lengthened_training_goes_on_and_a_finished_one_does_nothing(train: Train) -> None:
     calls: list[int] = []
-    train("a", steps=16)
-    train("a", calls.append, steps=24)
+    assert re.fullmatch(r"at step \d+, \d+ s", str(train("a", steps=16)))
+    outcome = train("a", calls.append, steps=24)
     assert len(calls) == 8 + 1  # steps 16 to 24, and one validation
+    assert str(outcome).endswith(" s from step 16 on"), "the seconds are those of this call"
     calls.clear()
     train("a", calls.append, steps=24)
     assert not calls

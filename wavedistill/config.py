@@ -170,6 +170,8 @@ class Training(Section):
     """One optimisation by Adam, with a linear warm-up and a cosine decay of the learning rate."""
 
     steps: PositiveInt
+    """At the end of which the learning rate has fallen. May be changed for a training that is under way, which then
+    follows the new curve from where it stands; one that is beyond them is set aside and begun anew."""
     batch_size: PositiveInt
     """Of all processes together."""
     accumulate: PositiveInt

@@ -46,11 +46,16 @@ Found = TypeVar("Found")
 
 
 class Outcome(NamedTuple):
-    """The end of a training: the step and validation terms of the model that was kept, and the seconds of this call."""
+    """The end of a training: the step and validation terms of the model that was kept, and how long this call took."""
 
     step: int
     valid: dict[str, float]
     seconds: float
+    first_step: int
+
+    def __str__(self) -> str:
+        since = f" from step {self.first_step} on" if self.first_step else ""
+        return f"at step {self.step}, {self.seconds:.0f} s{since}"
 
 
 def fit(
@@ -152,7 +157,7 @@ def fit(
         seconds = time.monotonic() - started
         log.log_metrics({"train/steps_per_second": (state.step - first_step) / seconds}, state.step)
     assert state.best_step is not None
-    return Outcome(state.best_step, state.best_valid, seconds)
+    return Outcome(state.best_step, state.best_valid, seconds, first_step)
 
 
 class Learner:

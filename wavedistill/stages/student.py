@@ -23,7 +23,7 @@ def run(experiment: Experiment) -> str:
     if recipe.student.training.compile and isinstance(teacher, WaveformModel):
         compile_networks(teacher)
 
-    # The number of steps is left out: a training may be lengthened.
+    # The number of steps is left out: a training may be lengthened, or cut short.
     trajectory = recipe.model_dump(mode="json", include=READS, exclude={"student": {"training": {"steps"}}})
     outcome = fit(
         student_task(recipe, teacher, experiment.device),
@@ -34,10 +34,7 @@ def run(experiment: Experiment) -> str:
         fingerprint=fingerprint(trajectory, inputs(experiment)),
         device=experiment.device,
     )
-    return (
-        f"validation KL {outcome.valid['kl']:.3f} nats/sample "
-        f"at step {outcome.step}, {outcome.seconds:.0f} s: {experiment.checkpoint('student')}"
-    )
+    return f"validation KL {outcome.valid['kl']:.3f} nats/sample {outcome}: {experiment.checkpoint('student')}"
 
 
 stage = Stage(

@@ -13,7 +13,7 @@ def run(experiment: Experiment) -> str:
     recipe = experiment.recipe
     if recipe.student.teacher:
         return f"nothing to train: the student is distilled from {recipe.student.teacher}"
-    # The number of steps is left out: a training may be lengthened.
+    # The number of steps is left out: a training may be lengthened, or cut short.
     trajectory = recipe.model_dump(mode="json", include=READS, exclude={"teacher": {"training": {"steps"}}})
     outcome = fit(
         teacher_task(recipe),
@@ -24,10 +24,7 @@ def run(experiment: Experiment) -> str:
         fingerprint=fingerprint(trajectory, [experiment.manifest]),
         device=experiment.device,
     )
-    return (
-        f"validation NLL {outcome.valid['nll']:.3f} nats/sample at step {outcome.step}, "
-        f"{outcome.seconds:.0f} s: {experiment.checkpoint('teacher')}"
-    )
+    return f"validation NLL {outcome.valid['nll']:.3f} nats/sample {outcome}: {experiment.checkpoint('teacher')}"
 
 
 stage = Stage(

@@ -1,5 +1,6 @@
 """Small models and recipes that the tests share."""
 
+import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from wavedistill.models import ConditionerNetwork, WaveformModel, build
 from wavedistill.pitch import PITCH_CHANNELS, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
 from wavedistill.wavenet import MelEncoder, WaveNet
 
+# Threads are not measured: the fastest of one moment need not be that of the next, and results are compared bit by bit.
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = REPOSITORY / "recipes"
 SMALL_AUDIO = Audio(

@@ -11,7 +11,7 @@ PACKAGE = REPOSITORY / "wavedistill"
 LAYERS = [
     {"errors", "files", "machine", "memory", "progress"},
     {"config", "engine", "flows", "wavenet"},
-    {"audio", "losses", "pitch"},
+    {"audio", "losses", "pitch", "threads"},
     {"linear_prediction", "data", "corpora", "metrics", "verdict"},
     {"models"},
     {"checkpoint", "compiled", "distillation", "foreign"},

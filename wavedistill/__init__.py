@@ -1,5 +1,10 @@
 """Parallel WaveNet distillation: an autoregressive-flow teacher and the parallel student that samples like it."""
 
+import os
 from importlib.metadata import version
+
+# Read when torch is loaded, so it is said before: threads that wait by spinning come to a halt beside other work, see
+# `wavedistill.threads`.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = version("wavedistill")

@@ -22,6 +22,7 @@ from wavedistill.progress import note
 from wavedistill.sampling import sample, slices, stream
 from wavedistill.stages import STAGES
 from wavedistill.stages.benchmark import run_full, run_train
+from wavedistill.threads import settle
 
 app = typer.Typer(
     name="wavedistill",
@@ -46,6 +47,7 @@ Examples:
 
 MOST_CLIPPED = 0.01
 """Share of the samples drawn beyond which they are no speech."""
+MOST_THREADS = 1024
 StageName = StrEnum("StageName", {name: name for name in STAGES})  # type: ignore[misc]
 FIRST, *_, LAST = StageName
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The TOML file that describes the experiment.")]
@@ -57,6 +59,12 @@ Root = Annotated[Path, typer.Option("--exp", metavar="DIR", help="The folder tha
 Device = Annotated[
     str, typer.Option(metavar="DEVICE", help="`auto` takes a CUDA GPU if there is one; or `cpu`, `cuda`, `cuda:1`.")
 ]
+Threads = Annotated[
+    str,
+    typer.Option(
+        metavar="N", help="Threads of the CPU; `auto` measures which number is faster, and keeps a training's."
+    ),
+]
 
 
 @app.command()
@@ -67,6 +75,7 @@ def run(
     overrides: Overrides = None,
     root: Root = Path("exp"),
     device: Device = "auto",
+    threads: Threads = "auto",
 ) -> None:
     """Run the stages of a recipe in order; those whose inputs and settings have not changed do nothing.
 
@@ -76,14 +85,18 @@ def run(
     chosen = names[names.index(first) : names.index(last) + 1]
     if not chosen:
         raise typer.BadParameter(f"--from {first} comes after --until {last}; the order is {', '.join(names)}")
-    _run(chosen, recipe, overrides, root, device)
+    _run(chosen, recipe, overrides, root, device, threads)
 
 
 def _add_stage(name: str) -> None:
     def command(
-        recipe: RecipePath, overrides: Overrides = None, root: Root = Path("exp"), device: Device = "auto"
+        recipe: RecipePath,
+        overrides: Overrides = None,
+        root: Root = Path("exp"),
+        device: Device = "auto",
+        threads: Threads = "auto",
     ) -> None:
-        _run([name], recipe, overrides, root, device)
+        _run([name], recipe, overrides, root, device, threads)
 
     app.command(name, help=STAGES[name].summary, rich_help_panel="Single stages")(command)
 
@@ -99,6 +112,7 @@ def benchmark(
     overrides: Overrides = None,
     root: Root = Path("exp"),
     device: Device = "auto",
+    threads: Threads = "auto",
     full: Annotated[
         bool,
         typer.Option(
@@ -109,9 +123,9 @@ def benchmark(
 ) -> None:
     """One stage, and two tables that are measured anew whenever they are asked for."""
     if not (full or train):
-        return _run(["benchmark"], recipe, overrides, root, device)
+        return _run(["benchmark"], recipe, overrides, root, device, threads)
     _refuse_torchrun("benchmark")
-    experiment = _experiment(recipe, overrides, root, device)
+    experiment = _experiment(recipe, overrides, root, device, threads)
     for wanted, measure in ((full, run_full), (train, run_train)):
         if wanted:
             typer.echo(f"benchmark: {measure(experiment)}")
@@ -140,6 +154,7 @@ def generate(
         bool, typer.Option("--bf16", help="A student's networks in bfloat16, for GPUs that are faster at it.")
     ] = False,
     device: Device = "auto",
+    threads: Threads = "auto",
 ) -> None:
     """Draw waveforms from a checkpoint: a teacher sample by sample, a student block by block.
 
@@ -149,7 +164,7 @@ def generate(
     Example: `wavedistill generate exp/demo/student/checkpoint.safetensors *.wav mel.npy --out out`
     """
     _refuse_torchrun("generate")
-    loaded = load_model(checkpoint, _device(device))
+    loaded, wanted_threads = load_model(checkpoint, _device(device)), _threads(threads)
     for name, wanted in (("--fused", fused), ("--bf16", bf16)):
         if wanted and loaded.kind != "student":
             raise typer.BadParameter(f"{name}: is for students, and {checkpoint} is a {loaded.kind}")
@@ -160,6 +175,7 @@ def generate(
         if target.resolve() == path.resolve():
             raise UserError(f"{path}: --out {out} would overwrite this input; give another folder")
     out.mkdir(parents=True, exist_ok=True)
+    settle(wanted_threads, loaded.model.networks[0])
     for path, target in zip(inputs, outputs, strict=True):
         wave, clipped = _synthesise(loaded, path, seed, temperature, fused=fused, bf16=bf16)
         audio.write(target, wave, loaded.recipe.audio.sample_rate)
@@ -205,15 +221,23 @@ def _synthesise(
     return wave, clipped
 
 
-def _run(names: list[str], path: Path, overrides: list[str] | None, root: Path, device: str) -> None:
-    experiment = _experiment(path, overrides, root, device)
+def _run(names: list[str], path: Path, overrides: list[str] | None, root: Path, device: str, threads: str) -> None:
+    experiment = _experiment(path, overrides, root, device, threads)
     for name in names:
         launch(experiment.device).print(run_stage(STAGES[name], experiment))  # the first of several processes
 
 
-def _experiment(path: Path, overrides: list[str] | None, root: Path, device: str) -> Experiment:
+def _experiment(path: Path, overrides: list[str] | None, root: Path, device: str, threads: str) -> Experiment:
     recipe = load_recipe(path, overrides or [])
-    return Experiment(recipe, root / recipe.name, launch(_device(device)).device)
+    return Experiment(recipe, root / recipe.name, launch(_device(device)).device, _threads(threads))
+
+
+def _threads(number: str) -> int | None:
+    if number == "auto":
+        return None
+    if not number.isdecimal() or not 1 <= int(number) <= MOST_THREADS:
+        raise typer.BadParameter(f"--threads {number}: give auto, or a number from 1 to {MOST_THREADS}")
+    return int(number)
 
 
 def _device(name: str) -> torch.device:

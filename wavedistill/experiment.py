@@ -24,11 +24,12 @@ from wavedistill.models import WaveformModel
 
 @dataclass(frozen=True)
 class Experiment:
-    """A recipe, the folder its files live in, and the device it computes on."""
+    """A recipe, the folder its files live in, the device it computes on, and its threads; None for the fastest."""
 
     recipe: Recipe
     root: Path
     device: torch.device
+    threads: int | None = None
 
     @property
     def manifest(self) -> Path:

@@ -26,6 +26,7 @@ from wavedistill.errors import CheckpointError, RecipeError, TrainingError
 from wavedistill.models import WaveformModel, build, compile_networks, margin
 from wavedistill.progress import note, progress
 from wavedistill.tasks import Task
+from wavedistill.threads import settle
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -67,6 +68,7 @@ def fit(
     folder: Path,
     fingerprint: str,
     device: torch.device,
+    threads: int | None = None,
 ) -> Outcome:
     """Train a model, or go on where an earlier call was interrupted, and keep the weights that validate best.
 
@@ -85,6 +87,7 @@ def fit(
         folder: where the model to use, the states to resume from and TensorBoard logs go.
         fingerprint: of all that the trajectory depends on; only a state with the same one is resumed.
         device: where to compute; each of several processes has one of its kind.
+        threads: of a CPU; None for those that an earlier call began with, or else the fastest.
 
     Raises:
         TrainingError: if the loss is not finite for long, or the training is interrupted.
@@ -94,7 +97,6 @@ def fit(
     """
     settings, fabric = task.settings, launch(device)
     batches = Batches(task, manifest, audio_folder, recipe, fabric)
-    heard = batches.heard()
     # A GPU would wait for files; a CPU has nobody else to read them.
     batch_of = batches.of_step if device.type == "cpu" else read_ahead(batches.of_step)
     learner = Learner(task, recipe, fabric)
@@ -102,6 +104,9 @@ def fit(
         compile_networks(learner.model)
     state = State(learner, fingerprint)
     state.restore(folder, settings.steps)
+    wanted = threads if fabric.world_size == 1 else torch.get_num_threads()
+    state.threads = settle(wanted, learner.model.networks[0], backward=True, before=state.threads)
+    heard = batches.heard()
     started, first_step = time.monotonic(), state.step
 
     def validate(log: "TensorBoardLogger") -> None:
@@ -307,6 +312,7 @@ class StateHeader(BaseModel):
     step: NonNegativeInt
     skipped: NonNegativeInt
     skipped_in_a_row: NonNegativeInt
+    threads: NonNegativeInt
     best: tuple[int, float, dict[str, float]] | None
     """Step, objective and validation terms of the model that is kept."""
 
@@ -328,11 +334,11 @@ def read_ahead(read: Callable[[int], Found]) -> Callable[[int], Found]:
 class State:
     """All that a training needs to go on: weights, their average, the optimizer, the step, and the best so far."""
 
-    COUNTS = ("step", "skipped", "skipped_in_a_row")
+    COUNTS = ("step", "skipped", "skipped_in_a_row", "threads")
 
     def __init__(self, learner: Learner, fingerprint: str) -> None:
         self.learner, self.fabric, self.fingerprint = learner, learner.fabric, fingerprint
-        self.step, self.skipped, self.skipped_in_a_row = 0, 0, 0
+        self.step, self.skipped, self.skipped_in_a_row, self.threads = 0, 0, 0, 0
         self.best_step: int | None = None
         self.best_objective = math.inf
         self.best_valid: dict[str, float] = {}

@@ -19,6 +19,7 @@ from wavedistill.models import WaveformModel, build
 from wavedistill.pitch import PITCH_CONTEXT
 from wavedistill.progress import note, progress
 from wavedistill.sampling import sample
+from wavedistill.threads import settle
 from wavedistill.verdict import Scores, against_untrained, gates, in_words, mean
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "evaluate", "gates"}
@@ -30,6 +31,7 @@ def run(experiment: Experiment) -> str:
     """Write `metrics.json` and the synthesised clips; returns a line of result."""
     recipe = experiment.recipe
     teacher, student = experiment.teacher(), experiment.model("student")
+    settle(experiment.threads, student.networks[0])
     test = experiment.corpus().of("test")
     density = densities(experiment, teacher, student, test)
     clips = synthesise(experiment, teacher, student, test[: recipe.evaluate.clips])

@@ -33,6 +33,7 @@ def run(experiment: Experiment) -> str:
         folder=experiment.training("student"),
         fingerprint=fingerprint(trajectory, inputs(experiment)),
         device=experiment.device,
+        threads=experiment.threads,
     )
     return f"validation KL {outcome.valid['kl']:.3f} nats/sample {outcome}: {experiment.checkpoint('student')}"
 

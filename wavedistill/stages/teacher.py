@@ -23,6 +23,7 @@ def run(experiment: Experiment) -> str:
         folder=experiment.training("teacher"),
         fingerprint=fingerprint(trajectory, [experiment.manifest]),
         device=experiment.device,
+        threads=experiment.threads,
     )
     return f"validation NLL {outcome.valid['nll']:.3f} nats/sample {outcome}: {experiment.checkpoint('teacher')}"
 

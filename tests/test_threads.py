@@ -1,0 +1,89 @@
+"""Threads: the faster number is measured, a training keeps its own, and a busy neighbour halts nobody."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from tests.conftest import RECIPES, REPOSITORY, small_wavenet
+from wavedistill.threads import fastest, settle
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+def test_the_number_with_which_work_takes_least_time_is_found() -> None:
+    for best in (1, 2, 3):
+        assert (
+            fastest(lambda best=best: time.sleep(0.002 if torch.get_num_threads() == best else 0.01), [1, 2, 3]) == best
+        )
+
+
+def test_what_was_begun_goes_on_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless there are fewer cores now, or another number is asked for."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("wavedistill.threads.fastest", lambda work, numbers: (work(), numbers[-1])[1])
+    net = small_wavenet(source_channels=2)
+    torch.set_num_threads(4)
+    assert settle(None, net, before=3) == torch.get_num_threads() == 3
+    torch.set_num_threads(4)
+    assert settle(None, net, backward=True, before=16) == 4
+    assert settle(2, net, before=3) == torch.get_num_threads() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert settle(None, net, before=1) == 2, "who sets the variable has decided"
+
+
+RATIO = """
+import statistics, sys, time
+from pathlib import Path
+from wavedistill.config import load_recipe
+from wavedistill.data import random_stream
+from wavedistill.models import build
+from wavedistill.sampling import sample
+import torch
+
+model = build("student", load_recipe(Path(sys.argv[1])), 0)
+mel, noise = torch.full((1, 80, 40 + 2 * model.margin), -5.0), model.base.noise((1, 8000), random_stream(0))
+
+def seconds(threads):
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    sample(model(mel), noise)
+    return time.perf_counter() - start
+
+seconds(1), seconds(int(sys.argv[2]))
+print(statistics.median(seconds(int(sys.argv[2])) / seconds(1) for _ in range(5)))
+"""
+
+
+@contextmanager
+def busy_neighbours() -> Iterator[None]:
+    """A busy process on every core."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core has one thread")
+def test_a_busy_neighbour_does_not_halt_threads_that_wait_for_each_other() -> None:
+    """Spinning, all cores take many times as long as one."""
+    cores = os.cpu_count() or 1
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", RATIO, str(RECIPES / "demo.toml"), str(cores)]
+    with busy_neighbours():
+        done = subprocess.run(command, cwd=REPOSITORY, env=kept, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.5

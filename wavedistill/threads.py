@@ -1,0 +1,64 @@
+"""How many threads of a CPU compute, and how they wait for each other.
+
+A library's threads wait by spinning, unless told otherwise: beside any other work, each then spends its time on a core
+where another of them could get on. Measured on two cores with one other busy process, a stream took 41 times as long
+with two threads as with one, and 0.9 times as long if they wait passively (`wavedistill/__init__.py`).
+"""
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+from wavedistill.progress import note
+from wavedistill.wavenet import WaveNet
+
+ROUNDS = 4
+STEPS = 4000
+"""Of the network that is timed, about: as long as what is computed at once."""
+
+
+def settle(wanted: int | None, net: WaveNet, *, backward: bool = False, before: int | None = None) -> int:
+    """Set the number of threads that compute on the CPU, and return it.
+
+    Args:
+        wanted: the number; None for the fastest, which is measured with the network, here and now.
+        net: the network that is to be computed.
+        backward: whether its gradients are, too.
+        before: the number that what goes on was begun with, which is kept if there are as many cores: results are equal
+            to the last bit for one number of threads only.
+    """
+    cores = torch.get_num_threads()
+    if wanted is None and net.input.weight.device.type == "cpu" and cores > 1 and "OMP_NUM_THREADS" not in os.environ:
+        wanted = before if before and before <= cores else fastest(lambda: _compute(net, backward), [1, cores])
+        note(
+            f"computing with {wanted} of {cores} threads: {'as before' if wanted == before else 'the faster just now'}"
+        )
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    return torch.get_num_threads()
+
+
+def fastest(work: Callable[[], object], numbers: list[int]) -> int:
+    """The number of threads with which work takes least time; each is tried in turn, several times."""
+    seconds: dict[int, list[float]] = {number: [] for number in numbers}
+    work()  # the first call sets itself up
+    for _ in range(ROUNDS):
+        for number, taken in seconds.items():
+            torch.set_num_threads(number)
+            start = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - start)
+    return min(numbers, key=lambda number: sorted(seconds[number])[ROUNDS // 2])
+
+
+def _compute(net: WaveNet, backward: bool) -> None:
+    weight = net.input.weight
+    length = -(-STEPS // net.repeat) * net.repeat
+    features = None if net.context is None else weight.new_zeros(1, length // net.repeat, net.context.in_features)
+    source = weight.new_zeros(1, length, net.input.in_features - 1) if net.input.in_features > 1 else None
+    with torch.set_grad_enabled(backward):
+        out = net(weight.new_zeros(1, length), features, source).sum()
+        if out.requires_grad:
+            torch.autograd.grad(out, [p for p in net.parameters() if p.requires_grad], allow_unused=True)

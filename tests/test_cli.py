@@ -215,7 +215,11 @@ def test_benchmark_compares_the_samplers_of_one_pair(tiny_run: Path) -> None:
         assert len(row["seconds_all"]) >= 2
         assert len(row["seconds_all"]) == 2 or sum(row["seconds_all"]) < 1 + max(row["seconds_all"])
         assert row["samples_per_second"] == pytest.approx(row["num_samples"] / row["seconds_median"])
-        assert row["real_time_factor"] == pytest.approx(row["samples_per_second"] / 16000)
+        lower, median, upper = row["seconds_quartiles"]
+        assert lower <= median <= upper
+        assert median == row["seconds_median"]
+        assert (row["disturbed"] is None) or isinstance(row["disturbed"], str)
+        assert row["times_real_time"] == pytest.approx(row["samples_per_second"] / 16000)
     assert all(0 < row["share_of_ceiling"] < 1 for row in rows.values())
     assert rows["parallel"]["samples_per_second"] > rows["cached"]["samples_per_second"]
     assert rows["compiled"]["samples_per_second"] > rows["cached"]["samples_per_second"]
@@ -234,21 +238,33 @@ def test_tables_on_demand_measure_batches_sizes_and_trainings(
     root = tmp_path / "tiny"
     shutil.copytree(tiny_run, root)
     experiment = Experiment(load_recipe(Path(TINY)), root, torch.device("cpu"))
-    assert benchmark.run_full(experiment).endswith("benchmark_full.json")
+    assert run_stage(benchmark.full, experiment).endswith("benchmark_full.json")
+    assert run_stage(benchmark.full, experiment) == "benchmark_full: up to date"
     rows = json.loads((root / "benchmark_full.json").read_text())["rows"]
     assert {row["batch_size"] for row in rows} == {1, 16}
     batch = next(row for row in rows if row["batch_size"] == 16 and row["sampler"] == "compiled")
     assert batch["samples_per_second"] == pytest.approx(16 * 1600 / batch["seconds_median"])
     small, large = (row["flops_per_sample"] for row in rows if not row["trained"])
     assert small < large
-    assert "training of the student" in benchmark.run_train(experiment)
+    assert "training of the student" in run_stage(benchmark.train, experiment)
     table = json.loads((root / "benchmark_train.json").read_text())
     assert [row["model"] for row in table["rows"]] == ["teacher", "student"]
     for row in table["rows"]:
         assert 0 < row["share_of_loading"] < 1
         assert 0 < row["share_of_ceiling"] < 1
     assert run_stage(STAGES["report"], experiment).endswith("report.html")
-    assert "training of the student" in (root / "report.html").read_text()
+    page = (root / "report.html").read_text()
+    assert "training of the student" in page
+    assert "is left out" not in page
+    # A table of another student's, and none at all.
+    stale = {**table, "rows": [{**row, "of": "another student's"} for row in table["rows"]]}
+    (root / "benchmark_train.json").write_text(json.dumps(stale))
+    (root / "benchmark.json").unlink()
+    assert run_stage(STAGES["report"], experiment).endswith("report.html")
+    page = (root / "report.html").read_text()
+    assert "training of the student" not in page
+    assert "benchmark_train.json is of other models, settings or another version, and is left out" in page
+    assert "Not measured yet" in page
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from wavedistill.memory import keep_freed_memory
 from wavedistill.progress import note
 from wavedistill.sampling import sample, slices, stream
 from wavedistill.stages import STAGES
-from wavedistill.stages.benchmark import run_full, run_train
+from wavedistill.stages import benchmark as benchmarks
 from wavedistill.threads import settle
 
 app = typer.Typer(
@@ -121,14 +121,11 @@ def benchmark(
     ] = False,
     train: Annotated[bool, typer.Option("--train", help="Steps of both trainings, in a table beside.")] = False,
 ) -> None:
-    """One stage, and two tables that are measured anew whenever they are asked for."""
-    if not (full or train):
-        return _run(["benchmark"], recipe, overrides, root, device, threads)
-    _refuse_torchrun("benchmark")
+    """One stage, and two more for tables that take longer."""
     experiment = _experiment(recipe, overrides, root, device, threads)
-    for wanted, measure in ((full, run_full), (train, run_train)):
-        if wanted:
-            typer.echo(f"benchmark: {measure(experiment)}")
+    wanted = [stage for stage, asked in ((benchmarks.full, full), (benchmarks.train, train)) if asked]
+    for stage in wanted or [benchmarks.stage]:
+        typer.echo(run_stage(stage, experiment))
 
 
 @app.command()

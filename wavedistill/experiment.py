@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from wavedistill import __version__
 from wavedistill.checkpoint import MODEL_FILE, Kind, load_model
 from wavedistill.config import Recipe
 from wavedistill.data import Manifest
@@ -20,6 +21,9 @@ from wavedistill.engine import by_first, launch
 from wavedistill.errors import CheckpointError, CorpusError, RecipeError, UserError
 from wavedistill.files import replacing
 from wavedistill.models import WaveformModel
+
+SPEED = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "benchmark"}
+"""The parts of a recipe that the speed of its models depends on."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,12 @@ class Experiment:
         return self.root / "report.html"
 
 
+def measured_on(experiment: Experiment) -> str:
+    """A digest of what a speed was measured on: the program, the models and their settings."""
+    settings = experiment.recipe.model_dump(mode="json", include=SPEED)
+    return fingerprint([__version__, settings], [experiment.manifest, *experiment.checkpoints])
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of the pipeline; stages meet only through files.
@@ -139,6 +149,7 @@ class Stage:
         outputs: the files whose presence shows that it is done.
         run: does the work and returns one line of result.
         shared: whether several processes may do it together.
+        version: of what it computes, raised where it would make something else of the same inputs and settings.
     """
 
     name: str
@@ -149,6 +160,7 @@ class Stage:
     outputs: Callable[[Experiment], Iterable[Path]]
     run: Callable[[Experiment], str]
     shared: bool = False
+    version: str = "1"
 
 
 def run_stage(stage: Stage, experiment: Experiment) -> str:
@@ -211,7 +223,7 @@ def _needed(stage: Stage, experiment: Experiment) -> str | None:
     for path in stage.inputs(experiment):
         if not path.exists():
             raise UserError(f"{path}: missing, and the {stage.name} stage needs it: run the stages before it again")
-    now = fingerprint(stage.settings(experiment), stage.inputs(experiment))
+    now = fingerprint([stage.version, stage.settings(experiment)], stage.inputs(experiment))
     stamp = _stamp(experiment, stage.name)
     done = stamp.is_file() and stamp.read_text() == now and all(path.exists() for path in stage.outputs(experiment))
     return None if done else now

@@ -3,6 +3,8 @@
 import datetime
 import os
 import platform
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,29 @@ from typing import Any
 import torch
 
 from wavedistill import __version__
+
+
+def watch_others() -> Callable[[], float | None]:
+    """A function that tells how many CPUs other programs have used, on average, since this call.
+
+    None where the system does not say: from Linux's /proc/stat, with what a hypervisor took, less this process's own.
+    """
+    start, began = _seconds_of_others(), time.perf_counter()
+
+    def so_far() -> float | None:
+        now, elapsed = _seconds_of_others(), time.perf_counter() - began
+        return None if start is None or now is None else max(0.0, (now - start) / elapsed)
+
+    return so_far
+
+
+def _seconds_of_others() -> float | None:
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, steal = map(int, path.read_text().split(maxsplit=9)[1:9])
+    everybody = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return everybody - sum(os.times()[:4])
 
 
 def machine(device: torch.device) -> dict[str, Any]:

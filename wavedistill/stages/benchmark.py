@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,22 +15,21 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from wavedistill import sampling
+from wavedistill import __version__, sampling
 from wavedistill.audio import LogMel
 from wavedistill.checkpoint import Kind
 from wavedistill.config import Recipe
 from wavedistill.data import random_stream, read_samples
 from wavedistill.engine import launch
-from wavedistill.experiment import Experiment, Stage, write_json
+from wavedistill.experiment import SPEED, Experiment, Stage, measured_on, write_json
 from wavedistill.flows import Autoregressive
-from wavedistill.machine import machine
+from wavedistill.machine import machine, watch_others
 from wavedistill.memory import keep_freed_memory
 from wavedistill.models import WaveformModel, build, compile_networks, compiler
 from wavedistill.progress import progress
 from wavedistill.tasks import student_task, teacher_task
 from wavedistill.training import Batches, Learner
 
-READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "benchmark"}
 SOLVERS: dict[str, sampling.Solver] = {
     "cached": sampling.cached,
     "compiled": sampling.compiled,
@@ -50,8 +50,14 @@ PIECE = 512
 """Frames of log-mel that a stream is given at a time, more than a block takes."""
 TRAIN_WARMUP, TRAIN_STEPS = 5, 30
 CEILING_REPEATS = 20
+SQUARES = {"cpu": (1024,), "cuda": (2048, 4096, 8192)}
+"""Sizes of the square products that a ceiling is sought with."""
 MIN_SECONDS, MAX_SECONDS = 1.0, 20.0
 """A short draw is repeated until its runs add up to the one, a long one no more once they add up to the other."""
+MOST_SPREAD = 1.3
+"""Of the upper over the lower quartile of the runs of a row that agree."""
+MOST_OTHERS, MOST_LOAD = 0.25, 0.75
+"""CPUs that other programs may use during a row; or else the share of all CPUs that they and the row may use."""
 
 
 class Job(NamedTuple):
@@ -91,11 +97,11 @@ def run_train(experiment: Experiment) -> str:
         for kind in get_args(Kind)
         if kind == "student" or not experiment.recipe.student.teacher
     ]
-    rows = [_alone(measure_training, experiment, *job) for job in progress(iterable=each, desc="training", unit="row")]
+    rows = [_steady(measure_training, experiment, *job) for job in progress(iterable=each, desc="training", unit="row")]
     summary = [
         f"{_said(row['threads'])}: the training of the {row['model']} takes {row['samples_per_second']:,.0f} "
         f"samples/s, {100 * row['share_of_ceiling']:.0f} % of the ceiling; {100 * row['share_of_loading']:.1f} % of "
-        "its time loads data."
+        f"its time loads data.{_caution(row)}"
         for row in rows
     ]
     path = experiment.benchmark_of("train")
@@ -103,15 +109,44 @@ def run_train(experiment: Experiment) -> str:
     return f"{' '.join(summary)} {path}"
 
 
+def _steady(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """A row, measured once more if it was disturbed; of two that were, the one whose runs differ less."""
+    row = _alone(measure, *args)
+    if row["disturbed"]:
+        again = _alone(measure, *args)
+        row = min((row, again), key=lambda each: (each["disturbed"] is not None, _spread(each["seconds_quartiles"])))
+    return row
+
+
+def disturbance(quartiles: list[float], others: float | None, threads: int) -> str | None:
+    """Why the runs of a row are not to be trusted, in words; None if they agree, and had the CPUs to themselves."""
+    if others is not None and others > MOST_OTHERS and threads + others > MOST_LOAD * (os.cpu_count() or 1):
+        return f"other programs used {others:.1f} CPUs"
+    if _spread(quartiles) > MOST_SPREAD:
+        return f"half of the runs lie {_spread(quartiles):.1f} times apart"
+    return None
+
+
+def quartiles(seconds: list[float]) -> list[float]:
+    """Lower quartile, median and upper quartile."""
+    return statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
+
+
+def _spread(quartiles: list[float]) -> float:
+    return quartiles[2] / quartiles[0]
+
+
 def _time(experiment: Experiment, path: Path, label: str, jobs: list[Job]) -> str:
     """Measure the samplers' rows and write them; returns the last line of their summary."""
-    rows = [_alone(measure, experiment, job) for job in progress(iterable=jobs, desc=label, unit="row")]
+    rows = [_steady(measure, experiment, job) for job in progress(iterable=jobs, desc=label, unit="row")]
     summary = summarise(rows)
     _write(experiment, path, rows, summary)
     return f"{summary[-1]} {path}"
 
 
 def _write(experiment: Experiment, path: Path, rows: list[dict[str, Any]], summary: list[str]) -> None:
+    of = measured_on(experiment)
+    rows = [{**row, "of": of} for row in rows]
     write_json(path, {"machine": machine(experiment.device), "rows": rows, "summary": summary})
 
 
@@ -165,10 +200,12 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
     # The first call compiles or loads what is compiled, and warms up.
     setup, later = (_seconds(functools.partial(draw, WARMUP), device) for _ in range(2))
     seconds: list[float] = []
+    others = watch_others()
     while not seconds or (
         sum(seconds) < MAX_SECONDS and (len(seconds) < recipe.benchmark.repeats or sum(seconds) < MIN_SECONDS)
     ):
         seconds.append(_seconds(draw, device))
+    used_by_others = others()
     peak = _peak(device)  # before the ceilings, which take memory too
     median = statistics.median(seconds)
     # A pass has no first samples before its last.
@@ -185,9 +222,12 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
         "num_samples": job.num_samples,
         "trained": job.layers is None,
         "seconds_median": median,
+        "seconds_quartiles": quartiles(seconds),
         "seconds_all": seconds,
+        "cpus_used_by_others": used_by_others,
+        "disturbed": disturbance(quartiles(seconds), used_by_others, job.threads),
         "samples_per_second": speed,
-        "real_time_factor": speed / recipe.audio.sample_rate,
+        "times_real_time": speed / recipe.audio.sample_rate,
         "setup_seconds": max(0.0, setup - later),
         "first_samples_seconds": first,
         "flops_per_sample": model.flops_per_sample,
@@ -238,12 +278,15 @@ def measure_training(experiment: Experiment, kind: Kind, threads: int) -> dict[s
         list(batches.of_step(number))
 
     setup = sum(_seconds(functools.partial(step, number), device) for number in range(TRAIN_WARMUP))
+    others = watch_others()
     seconds = [_seconds(functools.partial(step, number), device) for number in range(TRAIN_STEPS)]
+    used_by_others = others()
     loading = [_seconds(functools.partial(load, number), device) for number in range(TRAIN_STEPS)]
     peak = _peak(device)
     median = statistics.median(seconds)
     speed = settings.batch_size * settings.segment_frames * recipe.audio.hop_length / median
-    ceiling = matrix_product_ceiling(learner.model, device)
+    lowered = settings.precision == "bf16-mixed"
+    ceiling = matrix_product_ceiling(learner.model, device, torch.bfloat16 if lowered else torch.float32)
     return {
         "model": kind,
         "device": str(device),
@@ -252,7 +295,10 @@ def measure_training(experiment: Experiment, kind: Kind, threads: int) -> dict[s
         "compiled": settings.compile,
         "precision": settings.precision,
         "seconds_median": median,
+        "seconds_quartiles": quartiles(seconds),
         "seconds_all": seconds,
+        "cpus_used_by_others": used_by_others,
+        "disturbed": disturbance(quartiles(seconds), used_by_others, threads),
         "samples_per_second": speed,
         "setup_seconds": max(0.0, setup - TRAIN_WARMUP * median),
         "share_of_loading": statistics.median(loading) / median,
@@ -277,11 +323,11 @@ def summarise(rows: list[dict[str, Any]]) -> list[str]:
             if other["sampler"] == "naive" or other["num_samples"] == row["num_samples"]:
                 factor = row["samples_per_second"] / other["samples_per_second"]
                 shown = f"{factor:,.0f}" if factor >= 10 else f"{factor:.2f}"
-                factors.append(f"{shown} times as fast as the teacher's {other['sampler']} sampler")
+                factors.append(f"{shown} times as fast as the teacher's {other['sampler']} sampler{_caution(other)}")
         against = f", {_listed(factors)}" if factors else ""
         lines.append(
             f"{_place(row)}: the {row['sampler']} student draws {row['samples_per_second']:,.0f} samples/s, "
-            f"{row['real_time_factor']:.3g} x real time{against}."
+            f"{row['times_real_time']:.3g} x real time{against}.{_caution(row)}"
         )
     for threads, ratio in crossovers(rows).items():
         lines.append(
@@ -289,6 +335,10 @@ def summarise(rows: list[dict[str, Any]]) -> list[str]:
             f"{ratio:.2g} times the teacher's operations a sample, and loses beyond."
         )
     return lines
+
+
+def _caution(row: dict[str, Any]) -> str:
+    return f" (disturbed: {row['disturbed']})" if row["disturbed"] else ""
 
 
 def crossovers(rows: list[dict[str, Any]]) -> dict[int, float]:
@@ -310,13 +360,17 @@ def crossovers(rows: list[dict[str, Any]]) -> dict[int, float]:
     return found
 
 
-def matrix_product_ceiling(model: WaveformModel, device: torch.device) -> float:
-    """Floating-point operations per second of the best matrix product: of the model's widths, or large and square."""
+def matrix_product_ceiling(model: WaveformModel, device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Floating-point operations per second of the best matrix product: of the model's widths, or large and square.
+
+    Large enough to fill a GPU, and of the type that the model computes in.
+    """
     nets = model.networks
-    shapes = {(8192, net.kernel_size * net.channels, 2 * net.channels) for net in nets} | {(1024, 1024, 1024)}
+    shapes = {(8192, net.kernel_size * net.channels, 2 * net.channels) for net in nets}
+    shapes |= {(size, size, size) for size in SQUARES[device.type]}
     best = 0.0
     for m, k, n in shapes:
-        a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
+        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
         seconds = min(_seconds(functools.partial(torch.mm, a, b), device) for _ in range(CEILING_REPEATS))
         best = max(best, 2 * m * k * n / seconds)
     return best
@@ -446,16 +500,25 @@ def _peak(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-stage = Stage(
-    name="benchmark",
-    summary=__doc__,
-    needs=("prepare", "teacher", "student"),
-    settings=lambda experiment: [
-        experiment.recipe.model_dump(mode="json", include=READS),
-        {k: v for k, v in machine(experiment.device).items() if k != "date"},
-        str(experiment.device),
-    ],
-    inputs=lambda experiment: [experiment.manifest, *experiment.checkpoints],
-    outputs=lambda experiment: [experiment.benchmark],
-    run=run,
+def _stage(name: str, summary: str, run: Callable[[Experiment], str], written: Callable[[Experiment], Path]) -> Stage:
+    return Stage(
+        name=name,
+        summary=summary,
+        needs=("prepare", "teacher", "student"),
+        settings=lambda experiment: [
+            experiment.recipe.model_dump(mode="json", include=SPEED),
+            {k: v for k, v in machine(experiment.device).items() if k != "date"},
+            str(experiment.device),
+        ],
+        inputs=lambda experiment: [experiment.manifest, *experiment.checkpoints],
+        outputs=lambda experiment: [written(experiment)],
+        run=run,
+        version=__version__,
+    )
+
+
+stage = _stage("benchmark", __doc__, run, lambda experiment: experiment.benchmark)
+full = _stage("benchmark_full", run_full.__doc__ or "", run_full, lambda experiment: experiment.benchmark_of("full"))
+train = _stage(
+    "benchmark_train", run_train.__doc__ or "", run_train, lambda experiment: experiment.benchmark_of("train")
 )

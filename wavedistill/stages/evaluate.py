@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavedistill import audio, metrics
+from wavedistill import __version__, audio, metrics
 from wavedistill.config import Recipe
 from wavedistill.data import Utterance, dequantise, random_stream, read_f0, read_samples
 from wavedistill.distillation import Teacher
@@ -215,4 +215,5 @@ stage = Stage(
     inputs=lambda experiment: [experiment.manifest, *experiment.checkpoints],
     outputs=lambda experiment: [experiment.metrics, experiment.samples],
     run=run,
+    version=__version__,
 )

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wavedistill import __version__
 from wavedistill.audio import LogMel
 from wavedistill.checkpoint import Kind
-from wavedistill.experiment import Experiment, Stage
+from wavedistill.experiment import Experiment, Stage, measured_on
 from wavedistill.files import replacing
 from wavedistill.verdict import in_words
 
@@ -66,8 +66,8 @@ def run(experiment: Experiment) -> str:
         loader=jinja2.PackageLoader("wavedistill.stages"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     found = json.loads(experiment.metrics.read_text())
-    benchmark = json.loads(experiment.benchmark.read_text())
-    full, train = (json.loads(path.read_text()) if path.exists() else None for path in _on_demand(experiment))
+    benchmark, full, train = (_current(experiment, path) for path in _tables(experiment))
+    stale = [path.name for path in _tables(experiment) if path.exists() and not _current(experiment, path)]
     sized = [row for row in (full["rows"] if full else []) if not row["trained"]]
     systems = {system: title for system, title in SYSTEMS.items() if system in found["synthesis"]}
     page = environment.get_template("report.html.j2").render(
@@ -86,9 +86,10 @@ def run(experiment: Experiment) -> str:
         scores=SCORES,
         benchmark=benchmark,
         tables=[table for table in (benchmark, full) if table],
+        stale=stale,
         training_speed=train,
         crossover_plot=_png(crossover_plot(full["rows"])) if full and sized else None,
-        speed_plot=_png(speed_plot(benchmark["rows"], experiment.recipe.audio.sample_rate)),
+        speed_plot=_png(speed_plot(benchmark["rows"], experiment.recipe.audio.sample_rate)) if benchmark else None,
         losses=[
             (kind, plot and _png(plot))
             for kind in get_args(Kind)
@@ -124,6 +125,7 @@ def speed_plot(rows: list[dict[str, Any]], sample_rate: int) -> Figure:
     axes = figure.subplots()
     labels = [
         f"{row['sampler']}, {row['batch_size']} x {row['num_samples']:,} samples, threads: {row['threads']}"
+        f"{' (disturbed)' if row['disturbed'] else ''}"
         for row in rows
     ]
     speeds = [row["samples_per_second"] for row in rows]
@@ -196,8 +198,15 @@ def loss_plot(experiment: Experiment, kind: Kind) -> Figure | None:
     return figure
 
 
-def _on_demand(experiment: Experiment) -> list[Path]:
-    return [experiment.benchmark_of("full"), experiment.benchmark_of("train")]
+def _tables(experiment: Experiment) -> list[Path]:
+    return [experiment.benchmark, experiment.benchmark_of("full"), experiment.benchmark_of("train")]
+
+
+def _current(experiment: Experiment, path: Path) -> dict[str, Any] | None:
+    """A table of the benchmark; None if there is none of these very models and settings."""
+    table = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    of = measured_on(experiment)
+    return table if table["rows"] and all(row["of"] == of for row in table["rows"]) else None
 
 
 def _clips(experiment: Experiment) -> list[str]:
@@ -231,17 +240,18 @@ def _base64(path: Path) -> str:
 stage = Stage(
     name="report",
     summary=__doc__,
-    needs=("teacher", "student", "evaluate", "benchmark"),
+    needs=("prepare", "teacher", "student", "evaluate"),
     settings=lambda experiment: [
         experiment.recipe.model_dump(mode="json"),
+        measured_on(experiment),
         (resources.files("wavedistill.stages") / "templates" / "report.html.j2").read_text(),
     ],
     inputs=lambda experiment: [
         experiment.metrics,
-        experiment.benchmark,
-        *(path for path in _on_demand(experiment) if path.exists()),
+        *(path for path in _tables(experiment) if path.exists()),
         *(path for system in SYSTEMS for path in sorted((experiment.samples / system).glob("*.wav"))),
     ],
     outputs=lambda experiment: [experiment.report],
     run=run,
+    version=__version__,
 )

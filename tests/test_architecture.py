@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "wavedistill"
 LAYERS = [
-    {"errors", "files", "machine", "memory", "progress"},
+    {"caching", "errors", "files", "machine", "memory", "progress"},
     {"config", "engine", "flows", "wavenet"},
     {"audio", "losses", "pitch"},
     {"linear_prediction", "data", "corpora", "metrics", "verdict"},

@@ -2,4 +2,7 @@
 
 from importlib.metadata import version
 
+from wavedistill.caching import cache_compiled_code
+
 __version__ = version("wavedistill")
+cache_compiled_code()

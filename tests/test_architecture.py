@@ -9,9 +9,10 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "wavedistill"
 LAYERS = [
-    {"errors", "files", "machine", "memory", "progress"},
+    {"caching", "errors", "files", "machine", "memory", "progress"},
     {"config", "engine", "flows", "wavenet"},
     {"audio", "losses", "pitch", "threads"},
+    {"recordings"},
     {"linear_prediction", "data", "corpora", "metrics", "verdict"},
     {"models"},
     {"checkpoint", "compiled", "distillation", "foreign"},
@@ -71,7 +72,7 @@ def test_flows_know_neither_audio_nor_networks() -> None:
         (r"\[[^\]\n]*:-1[\],]", "wavenet"),  # the causal shift
         (r"\.step\(previous|out\[:, t\]", "sampling models"),  # the loops over time; models.py hands a step on
         (r"\bnjit\b", "linear_prediction compiled"),  # recurrences in compiled code
-        (r"soundfile\.(?!SoundFileError)", "audio data metrics stages"),  # file formats
+        (r"soundfile\.(?!SoundFileError)", "audio data metrics recordings stages"),  # file formats
         (r"\btomllib\b", "config"),
     ],
 )

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ import pytest
 import soundfile
 import torch
 
-from tests.conftest import RECIPES, REPOSITORY, speech_like
-from wavedistill import audio, stages
-from wavedistill.config import DebianCorpus, Recipe, validate_recipe
-from wavedistill.corpora import _command, sources
+from tests.conftest import speech_like
+from wavedistill import audio, recordings, stages
+from wavedistill.config import DebianCorpus, FolderCorpus, Recipe, validate_recipe
+from wavedistill.corpora import _command, sources, unused
 from wavedistill.data import Manifest, read_f0, read_samples
 from wavedistill.errors import CorpusError
 from wavedistill.experiment import Experiment, run_stage
@@ -125,6 +125,14 @@ def test_a_damaged_manifest_is_made_again(voice: Path, prepare: Prepare) -> None
             lambda f: soundfile.write(f / "bad.wav", np.full(9000, np.nan), 16000, subtype="FLOAT"),
             r"bad\.wav: holds samples that are not finite",
         ),
+        (
+            lambda f: soundfile.write(f / "bad.wav", 1e-4 * speech_like(20000) / 0.07, 16000, subtype="FLOAT"),
+            r"bad\.wav: is so soft that it would be amplified by 5\d dB, and prepare.max_gain_db = 40",
+        ),
+        (
+            lambda f: (f / "bad.wav").write_bytes((f / "a.wav").read_bytes()[:40000]),
+            r"bad\.wav: is cut off: 1\.25 of 2.00",
+        ),
         (lambda f: (f / "bad.wav").write_bytes((f / "a.wav").read_bytes()), "bad.wav: holds the same sound as a.wav"),
         (lambda f: (f / "bad.flac").write_bytes((f / "d.flac").read_bytes()[:30]), r"bad\.flac: not readable as audio"),
     ],
@@ -142,7 +150,123 @@ def test_a_bad_file_stops_the_stage_or_is_left_out_on_request(
     report = json.loads((experiment.root / "prepare.json").read_text())
     assert (report["recordings"], report["utterances"]) == (6, 5)
     assert re.search(message, *report["left_out"])
+    assert not report["not_used"]
     assert len(list(experiment.audio.iterdir())) == 2 * 5, "a wav and its F0 each, and nothing else"
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_fault_of_the_moment_is_not_kept(
+    voice: Path, prepare: Prepare, finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by a stage that stopped for it, nor by one that left the file out."""
+
+    def refuse(path: Path) -> tuple[int, int]:
+        if path.name == "b.wav":
+            raise PermissionError(13, "Permission denied")
+        return true_chunk(path)
+
+    true_chunk, true_access = recordings._chunk, os.access
+    with monkeypatch.context() as patch:
+        patch.setattr(recordings, "_chunk", refuse)
+        patch.setattr(os, "access", lambda path, mode: Path(path).name != "b.wav" and true_access(path, mode))
+        if finished:
+            experiment = prepare(voice, max_skipped=1.0)
+            (fault,) = json.loads((experiment.root / "prepare.json").read_text())["left_out"]
+            assert fault.endswith("b.wav: cannot be read: permission denied")
+            assert run_stage(STAGES["prepare"], experiment) == "prepare: up to date"
+        else:
+            with pytest.raises(CorpusError, match=r"b\.wav: cannot be read: permission denied; 1 of 5"):
+                prepare(voice)
+    experiment = prepare(voice, max_skipped=1.0 if finished else 0)
+    assert len(Manifest.read(experiment.manifest).utterances) == 5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "not_used"),
+    [
+        (lambda f: (f / "b.M4A").touch(), "1 .m4a file, of a kind that cannot be read, such as b.M4A: convert to"),
+        (lambda f: [(f / "deeper" / f"{n}.wma").touch() for n in "ba"], "2 .wma files, .* such as deeper/a.wma"),
+        (lambda f: shutil.copytree(f / "deeper", f / ".Trash"), r"\.Trash, a hidden folder: 1 recordings"),
+        (lambda f: shutil.copytree(f / "deeper", f / "x" / ".git" / "y"), r"x/\.git, a hidden folder: 1 recordings"),
+        (lambda f: (f / "gone.wav").symlink_to("nothing"), r"gone\.wav: not a file, or a link to nothing"),
+        (lambda f: (f / ".hidden").mkdir(), None),
+        (lambda f: (f / "around").symlink_to(f), None),
+        (lambda f: (f / "deeper" / "again").symlink_to(f / "deeper"), None),
+        (lambda f: (f / "a_second_way").symlink_to(f / "deeper"), None),
+    ],
+)
+def test_what_is_not_used_is_told(
+    voice: Path,
+    prepare: Prepare,
+    spoil: Callable[[Path], Any],
+    not_used: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And what is used has the same name and split as before."""
+    before = prepare(voice).manifest.read_bytes()
+    spoil(voice)
+    experiment = prepare(voice, max_seconds=11.0)
+    said = json.loads((experiment.root / "prepare.json").read_text())["not_used"]
+    assert re.match(not_used, *said) if not_used else not said
+    assert (f"not used: {said[0]}" if said else "not used") in capsys.readouterr().err or not said
+    assert experiment.manifest.read_bytes() == before
+
+
+def test_links_are_followed_and_every_kind_is_read(
+    tmp_path: Path, voice: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder behind a link, a kind that is not wav, a name that cannot be printed, and one as long as can be."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (voice / "link").symlink_to(elsewhere)
+    names = [
+        "a.aiff",
+        "b.w64",
+        "c.caf",
+        "d.au",
+        "e.mp3",
+        "f.oga",
+        "new\nline.wav",
+        "\udcff.wav",
+        "\u0101" * 125 + ".WAV",
+    ]
+    for number, name in enumerate(names, 20):
+        kind = recordings.KINDS[Path(name).suffix.lower()]
+        soundfile.write(os.fsencode(elsewhere / name), speech_like(32000, number).numpy(), 16000, format=kind)
+    monkeypatch.setattr(stages.prepare, "FEW", 0)
+    experiment = prepare(voice)
+    manifest = Manifest.read(experiment.manifest)
+    assert len(manifest.utterances) == 5 + len(names)
+    assert {"link/a.aiff", "link/new\\nline.wav", "link/\\udcff.wav"} <= {u.source for u in manifest.utterances}
+    assert all(u.name.isprintable() for u in manifest.utterances)
+
+
+def test_a_folder_that_may_not_be_read_is_told(voice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "deeper" and true_access(path, mode))
+    corpus = FolderCorpus(kind="folder", path=str(voice))
+    assert unused(corpus) == ["deeper, a folder: permission denied"]
+    assert len(sources(corpus)) == 4
+
+
+def test_home_is_known(voice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(voice.parent))
+    assert len(sources(FolderCorpus(kind="folder", path="~/voice"))) == 5
+
+
+@pytest.mark.parametrize(("cores", "room", "workers"), [(1, 1e3, 1), (4, 1e3, 4), (4, 3.3, 3), (4, 0.5, 1), (4, 0, 1)])
+def test_long_recordings_have_fewer_processes(
+    tmp_path: Path, cores: int, room: float, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as have room, by the length of the longest and the memory that is free."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores))
+    paths = [tmp_path / f"{seconds}.wav" for seconds in (1, 3)]
+    for path in paths:
+        soundfile.write(path, np.zeros(int(path.stem) * 16000), 16000)
+    (tmp_path / "words.wav").write_text("words")
+    each = stages.prepare.WORKER_BYTES + stages.prepare.SAMPLE_BYTES * 3 * 16000
+    monkeypatch.setattr(stages.prepare, "free_memory", lambda: int(room * each))
+    assert stages.prepare._workers([*paths, tmp_path / "words.wav"], 16000) == workers
 
 
 def test_all_cores_prepare_what_one_does(voice: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +281,7 @@ def test_all_cores_prepare_what_one_does(voice: Path, prepare: Prepare, monkeypa
 
 def test_an_interrupted_preparation_goes_on(voice: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    true_read = audio.read
+    true_read = recordings.read
 
     def reader(path: Path, *args: Any, **options: Any) -> torch.Tensor:
         read.append(path)
@@ -165,7 +289,7 @@ def test_an_interrupted_preparation_goes_on(voice: Path, prepare: Prepare, monke
             raise KeyboardInterrupt
         return true_read(path, *args, **options)
 
-    monkeypatch.setattr(audio, "read", reader)
+    monkeypatch.setattr(recordings, "read", reader)
     with pytest.raises(KeyboardInterrupt):
         prepare(voice)
     assert len(Manifest.read(prepare(voice).manifest).utterances) == 5
@@ -177,15 +301,7 @@ def test_an_interrupted_preparation_goes_on(voice: Path, prepare: Prepare, monke
         prepare(voice)
     assert len(read) == 4 + 2 + 5 + 6
     prepare(voice, max_skipped=0.2)
-    assert len(read) == 4 + 2 + 5 + 6, "to allow more takes no time"
-
-
-def test_a_peak_at_full_scale_is_not_clipping() -> None:
-    wave = speech_like(16000)[:, None].numpy()
-    wave /= np.abs(wave).max()
-    assert audio.clipped_share(wave) == 0
-    assert audio.clipped_share((wave * 4).clip(-1, 1)) > 0.01
-    assert audio.clipped_share(wave[:2]) == 0
+    assert len(read) == 4 + 2 + 5 + 6 + 1, "what failed is tried again, and nothing else"
 
 
 def test_a_failed_run_keeps_the_corpus_prepared_before(voice: Path, prepare: Prepare) -> None:
@@ -230,14 +346,56 @@ def test_a_stage_runs_again_only_if_something_changed(voice: Path, prepare: Prep
     assert "4 utterances" in run_stage(stage, experiment), "a changed corpus is prepared again"
 
 
-def test_splits_depend_on_names_and_seed_only(voice: Path, prepare: Prepare) -> None:
-    recipe = prepare(voice).recipe
+def test_splits_depend_on_names_and_seed_only(tiny: Recipe) -> None:
     clips = [Clip(f"{i}", f"file {i // 2}", 10, 1.0, "") for i in range(40)]
-    first = splits(clips, recipe)
-    assert splits(clips[::-1], recipe) == first
-    assert splits(clips, recipe.model_copy(update={"seed": 99})) != first
+    first = splits(clips, tiny)
+    assert splits(clips[::-1], tiny) == first
+    assert splits(clips, tiny.model_copy(update={"seed": 99})) != first
     assert list(first.values()).count("test") == list(first.values()).count("valid") == 8
     assert all(first[f"{i}"] == first[f"{i + 1}"] for i in range(0, 40, 2)), "pieces of one recording stay together"
+
+
+def split_by(recipe: Recipe, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={"prepare": recipe.prepare.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_splits_are_shares_of_the_sound_and_training_has_the_rest(tiny: Recipe, seed: int) -> None:
+    """Whatever the lengths: nobody's share is passed but by the shortest recording there is, and no split is empty."""
+    chance = random.Random(seed)
+    valid, test = (chance.choice([0.02, 0.1, 0.3, 0.49]) for _ in range(2))
+    lengths = [int(10 ** chance.uniform(0, 4)) for _ in range(chance.choice([3, 4, 5, 30]))]
+    clips = [Clip(f"{i}", f"{i}", length, 1.0, "") for i, length in enumerate(lengths)]
+    found = splits(clips, split_by(tiny, valid_fraction=valid, test_fraction=test).model_copy(update={"seed": seed}))
+    parts = {
+        split: [clip.frames for clip in clips if found[clip.name] == split] for split in ("train", "valid", "test")
+    }
+    assert all(parts.values())
+    for split, fraction in (("test", test), ("valid", valid)):
+        others = parts["train"] + (parts["valid"] if split == "test" else [])
+        fits = sum(parts[split]) <= fraction * sum(lengths) + 1e-6
+        assert fits or (len(parts[split]) == 1 and parts[split][0] <= min(others))
+    if len(lengths) == 30 and max(lengths) < sum(lengths) / 3:
+        assert sum(parts["test"]) > (test - max(lengths) / sum(lengths)) * sum(lengths), "a share is used"
+
+
+def test_one_long_recording_among_short_ones_is_trained_on(tiny: Recipe) -> None:
+    clips = [Clip(name, name, frames, 1.0, "") for name, frames in (("a", 200), ("b", 3700), ("c", 100))]
+    for seed in range(20):
+        assert splits(clips, tiny.model_copy(update={"seed": seed}))["b"] == "train"
+
+
+def test_what_belongs_together_is_in_one_split(tiny: Recipe) -> None:
+    names = [f"{speaker}/s{sentence}_take{take}.wav" for speaker in "ab" for sentence in range(9) for take in (1, 2)]
+    clips = [Clip(name, name, 10, 1.0, "") for name in [*names, "else.wav"]]
+    for pattern, key in ((r"^(.*)_take", lambda n: n[:4]), (r"s\d", lambda n: n[2:4]), (r"s(\d)|x", lambda n: n[2:4])):
+        found = splits(clips, split_by(tiny, together=pattern))
+        for first in names:
+            assert len({found[name] for name in names if key(name) == key(first)}) == 1
+        assert set(found.values()) == {"train", "valid", "test"}
+        assert "else.wav" in found
+    with pytest.raises(CorpusError, match=r"prepare.together = '\^.' leaves 2 groups of recordings"):
+        splits(clips[:-1], split_by(tiny, together="^."))
 
 
 def test_synthetic_speech_does_not_depend_on_what_was_said_before(tiny: Recipe) -> None:
@@ -328,30 +486,3 @@ def test_f0_is_prepared_beside_the_audio(voice: Path, prepare: Prepare) -> None:
     path.unlink()
     prepare(voice)
     assert path.exists(), "prepared again, because a file was gone"
-
-
-WARM = """
-import os, sys, torch
-from pathlib import Path
-from wavedistill.config import load_recipe
-from wavedistill.stages import prepare
-
-def cached():
-    return set(Path(os.environ["NUMBA_CACHE_DIR"]).rglob("guf-*.nbc"))
-
-recipe = load_recipe(Path(sys.argv[1]))
-list(prepare.utterances(torch.ones(recipe.audio.sample_rate), recipe))
-before = cached()
-list(prepare.utterances(torch.randn(16 * recipe.audio.sample_rate) * torch.linspace(0, 1, 16 * 16000), recipe))
-print(len(before), len(cached() - before))
-"""
-
-
-@pytest.mark.slow
-def test_one_process_fills_the_cache_that_several_would_break(tmp_path: Path) -> None:
-    """What librosa compiles for a recording is compiled for the sound that `prepare` begins with."""
-    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", WARM, str(RECIPES / "tiny.toml")]
-    said = subprocess.run(command, env=env, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()
-    assert int(said[0]) > 0
-    assert int(said[1]) == 0

@@ -1,7 +1,9 @@
-"""Audio files, levels and log-mel."""
+"""Levels and log-mel of audio, and the files they are written to and read from."""
 
 import io
+import math
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +14,16 @@ from torch import Tensor, nn
 
 from wavedistill.config import Audio
 from wavedistill.errors import AudioError
-from wavedistill.files import replacing
+from wavedistill.files import replacing, shown
 
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg"})
 PCM16_STEPS = 32768
 MEL_FLOOR = 1e-5
 """Smallest mel amplitude that the logarithm sees."""
 LOG_MEL_FLOOR = float(np.log(MEL_FLOOR))
+BLOCK_SAMPLES = 2**20
+"""Of long audio, that are converted at a time."""
+BLOCK_FRAMES = 1024
+"""Of a log-mel, that are computed at a time where it is long."""
 LOG_MEL_RANGE = (-30, 10)
 """What the log-mel of audio in [-1, 1] lies well within, whatever floor it was made with."""
 
@@ -50,6 +55,18 @@ class LogMel(nn.Module):
         mel = self(nn.functional.pad(audio, (self.overlap, self.overlap)))
         return pad_frames(mel, margin)
 
+    def of_blocks(self, audio: Tensor, margin: int) -> Iterator[Tensor]:
+        """As `of_file`, in pieces (B, n_mels, any number of frames), so that no more than a piece is ever held."""
+        hop, overlap = self.spectrogram.hop_length, self.overlap
+        silence = pad_frames(audio.new_zeros(len(audio), len(self.filters.T), 0), margin)[..., :margin]
+        yield silence
+        for start in range(0, audio.shape[-1], hop * BLOCK_FRAMES):
+            stop = min(audio.shape[-1], start + hop * BLOCK_FRAMES)
+            before, after = min(start, overlap), min(audio.shape[-1] - stop, overlap)
+            around = audio[..., start - before : stop + after]
+            yield self(nn.functional.pad(around, (overlap - before, overlap - after)))
+        yield silence
+
     def of_segment(self, audio: Tensor, inside: Tensor) -> Tensor:
         """As `forward`, but frames outside the file, where inside (B, F) is False, are those of `of_file`'s silence."""
         return self(audio).masked_fill(~inside[:, None], LOG_MEL_FLOOR)
@@ -78,45 +95,13 @@ def pad_to_hops(audio: Tensor, hop_length: int) -> Tensor:
     return nn.functional.pad(audio, (0, -audio.shape[-1] % hop_length))
 
 
-def read(path: Path, sample_rate: int, most_clipped: float = 1.0) -> Tensor:
-    """Read an audio file as mono (T,) in [-1, 1] at a sample rate in Hz.
-
-    Args:
-        path: the file.
-        sample_rate: to bring it to.
-        most_clipped: the largest share of samples that may stand at full scale, three or more in a row.
-
-    Raises:
-        AudioError: if the file is missing, holds no audio or no samples, samples that are not finite, or clipped ones.
-    """
-    if not path.is_file():
-        raise AudioError(f"{path}: no such file")
-    try:
-        samples, source_rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise AudioError(f"{path}: not readable as audio: {_reason(error)}; convert it to wav, flac or ogg") from error
-    if not len(samples):
-        raise AudioError(f"{path}: holds no samples; remove it or record it again")
-    if not np.isfinite(samples).all():
-        raise AudioError(
-            f"{path}: holds samples that are not finite numbers; export it again, as 16-bit PCM for instance"
-        )
-    if (share := clipped_share(samples)) > most_clipped:
-        raise AudioError(f"{path}: is clipped: {share:.1%} of its samples stand at full scale; record it again, softer")
-    mono = torch.from_numpy(samples.mean(1))
-    return torchaudio.functional.resample(mono, source_rate, sample_rate)
-
-
-def clipped_share(samples: np.ndarray) -> float:
-    """The share of samples (T, channels) that stand at full scale, three or more in a row."""
-    full = np.abs(samples) >= (PCM16_STEPS - 1) / PCM16_STEPS
-    return float(np.lib.stride_tricks.sliding_window_view(full, 3, 0).all(-1).mean()) if len(full) > 2 else 0.0
-
-
 def write(path: Path, audio: Tensor, sample_rate: int) -> None:
     """Write audio (T,) in [-1, 1] with 16 bits as the kind of file its suffix says; larger values clip."""
     content = io.BytesIO()
-    soundfile.write(content, to_pcm16(audio), sample_rate, subtype="PCM_16", format=path.suffix.removeprefix("."))
+    kind = path.suffix.removeprefix(".").upper()
+    with soundfile.SoundFile(content, "w", sample_rate, 1, "PCM_16", format=kind) as file:
+        for block in audio.split(BLOCK_SAMPLES):
+            file.write(to_pcm16(block))
     with replacing(path) as file:
         file.write(content.getbuffer())
 
@@ -130,27 +115,34 @@ def to_pcm16(audio: Tensor) -> np.ndarray:
 def read_log_mel(path: Path, n_mels: int) -> Tensor:
     """Read a log-mel (n_mels, F) from a `.npy` file, as it is: other programs have lower floors than `LogMel`.
 
+    A batch axis of one is left out.
+
     Raises:
         AudioError: if the file does not hold a finite array of that shape.
     """
+    name = shown(path)
     try:
         mel = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
-        raise AudioError(f"{path}: no such file") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise AudioError(f"{path}: not a NumPy array file: {_reason(error)}") from error
+        raise AudioError(f"{name}: no such file") from error
+    except OSError as error:
+        raise AudioError(f"{name}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise AudioError(f"{name}: not a NumPy array file: {_reason(error)}") from error
     expected = f"expected a log-mel of shape ({n_mels}, frames), natural logarithm of amplitudes"
+    if isinstance(mel, np.ndarray) and mel.ndim == 3 and len(mel) == 1:
+        mel = mel[0]
     if not isinstance(mel, np.ndarray) or mel.ndim != 2 or mel.shape[0] != n_mels or not mel.shape[1]:
         hint = ", so transpose it" if getattr(mel, "ndim", 0) == 2 and mel.shape[1] == n_mels else ""
-        raise AudioError(f"{path}: has shape {getattr(mel, 'shape', '?')}; {expected}{hint}")
+        raise AudioError(f"{name}: has shape {getattr(mel, 'shape', '?')}; {expected}{hint}")
     if not np.issubdtype(mel.dtype, np.floating):
-        raise AudioError(f"{path}: holds values of type {mel.dtype}; {expected}, as floating-point numbers")
+        raise AudioError(f"{name}: holds values of type {mel.dtype}; {expected}, as floating-point numbers")
     if not np.isfinite(mel).all():
-        raise AudioError(f"{path}: holds values that are not finite; {expected}")
+        raise AudioError(f"{name}: holds values that are not finite; {expected}")
     low, high = LOG_MEL_RANGE
     if mel.min() < low or mel.max() > high:
         raise AudioError(
-            f"{path}: holds values from {mel.min():.1f} to {mel.max():.1f}; {expected}, which lie between {low} and "
+            f"{name}: holds values from {mel.min():.1f} to {mel.max():.1f}; {expected}, which lie between {low} and "
             f"{high}: is it in decibels, or of powers?"
         )
     return torch.from_numpy(mel.astype(np.float32))
@@ -158,12 +150,18 @@ def read_log_mel(path: Path, n_mels: int) -> Tensor:
 
 def rms_db(audio: Tensor) -> float:
     """RMS level of audio (T,) in dB relative to full scale; at least -100."""
-    return float(10 * torch.log10(audio.double().square().mean().clamp_min(1e-10)))
+    return 10 * math.log10(max(float(squares(audio.detach().cpu().numpy())) / len(audio), 1e-10))
+
+
+def squares(samples: np.ndarray) -> np.ndarray:
+    """The sum of squares (...,) of samples (..., T), exact for long ones, without a copy of them."""
+    return np.einsum("...i,...i", samples, samples, dtype=np.float64)
 
 
 def level_gain(audio: Tensor, level_db: float) -> float:
     """The factor that brings audio (T,) to an RMS level in dB, or less if its peak would pass 0.95; 1 for silence."""
-    peak = float(audio.abs().max())
+    low, high = audio.aminmax()
+    peak = float(max(-low, high))
     if peak == 0:
         return 1.0
     return min(10 ** ((level_db - rms_db(audio)) / 20), 0.95 / peak)

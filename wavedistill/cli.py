@@ -1,6 +1,7 @@
 """The command line `wavedistill`."""
 
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +10,14 @@ import torch
 import typer
 from torch import Tensor
 
-from wavedistill import __version__, audio
+from wavedistill import __version__, audio, recordings
 from wavedistill.checkpoint import Checkpoint, load_model
 from wavedistill.config import load_recipe
 from wavedistill.data import random_stream
 from wavedistill.engine import launch, processes
-from wavedistill.errors import RecipeError, UserError
+from wavedistill.errors import AudioError, RecipeError, UserError
 from wavedistill.experiment import Experiment, run_stage
+from wavedistill.files import named, shown
 from wavedistill.foreign import examine, examine_f0
 from wavedistill.memory import keep_freed_memory
 from wavedistill.progress import note
@@ -48,6 +50,13 @@ Examples:
 MOST_CLIPPED = 0.01
 """Share of the samples drawn beyond which they are no speech."""
 MOST_THREADS = 1024
+TRACKED = 6
+"""Pieces of a recording, of ten seconds for instance, whose F0 is compared with that of the training."""
+OTHER_ARRAYS = {
+    ".npz": "numpy.save('m.npy', numpy.load('m.npz')['its name'])",
+    **dict.fromkeys((".pt", ".pth"), "numpy.save('m.npy', torch.load('m.pt').numpy())"),
+}
+"""What log-mels come in, too, and how to make a `.npy` file of it."""
 StageName = StrEnum("StageName", {name: name for name in STAGES})  # type: ignore[misc]
 FIRST, *_, LAST = StageName
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The TOML file that describes the experiment.")]
@@ -155,8 +164,9 @@ def generate(
 ) -> None:
     """Draw waveforms from a checkpoint: a teacher sample by sample, a student block by block.
 
-    The output is 16-bit wav of exactly frames x hop samples. Audio may have any rate, format and number of channels; it
-    is brought to the level of the training data, measured over the whole file, and the output back.
+    The output is 16-bit wav of exactly frames x hop samples. Audio may have any rate, format and number of channels;
+    its speech is brought to the level of the training data, and the output back. Inputs that cannot be used are named
+    at the end.
 
     Example: `wavedistill generate exp/demo/student/checkpoint.safetensors *.wav mel.npy --out out`
     """
@@ -165,57 +175,87 @@ def generate(
     for name, wanted in (("--fused", fused), ("--bf16", bf16)):
         if wanted and loaded.kind != "student":
             raise typer.BadParameter(f"{name}: is for students, and {checkpoint} is a {loaded.kind}")
-    outputs = [out / f"{path.stem}.wav" for path in inputs]
+    outputs = [out / named(path.stem, ".wav") for path in inputs]
     for path, target in zip(inputs, outputs, strict=True):
         if outputs.count(target) > 1:
-            raise UserError(f"{path}: another input of the same name would also become {target}; run them one by one")
+            raise UserError(
+                f"{shown(path)}: another input of the same name would also become {shown(target)}; run them one by one"
+            )
         if target.resolve() == path.resolve():
-            raise UserError(f"{path}: --out {out} would overwrite this input; give another folder")
+            raise UserError(f"{shown(path)}: --out {shown(out)} would overwrite this input; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     settle(wanted_threads, loaded.model.networks[0])
+    failures = []
     for path, target in zip(inputs, outputs, strict=True):
-        wave, clipped = _synthesise(loaded, path, seed, temperature, fused=fused, bf16=bf16)
+        try:
+            wave, clipped = _synthesise(loaded, path, seed, temperature, fused=fused, bf16=bf16)
+        except AudioError as error:
+            failures.append(str(error))
+            continue
         audio.write(target, wave, loaded.recipe.audio.sample_rate)
-        typer.echo(f"{target}: {len(wave) / loaded.recipe.audio.sample_rate:.2f} s")
+        typer.echo(f"{shown(target)}: {len(wave) / loaded.recipe.audio.sample_rate:.2f} s")
         if clipped:
-            note(f"{target}: {clipped} samples were louder than 16 bits hold and are clipped")
+            note(f"{shown(target)}: {clipped} samples were louder than 16 bits hold and are clipped")
+    if failures and len(inputs) > 1:
+        failures.insert(0, f"{len(failures)} of {len(inputs)} inputs could not be synthesised:")
+    if failures:
+        raise AudioError("\n".join(failures))
 
 
 def _synthesise(
     loaded: Checkpoint, path: Path, seed: int, temperature: float, *, fused: bool, bf16: bool
 ) -> tuple[Tensor, int]:
-    """The waveform (T,) for one input file, and how many of its samples clip."""
-    settings, margin = loaded.recipe.audio, loaded.model.margin
-    if path.suffix.lower() == ".npy":
+    """The waveform (T,) for one input file, and how many of its samples clip.
+
+    Raises:
+        AudioError: if the file holds nothing to synthesise, or what is drawn from it is no sound.
+    """
+    settings, margin, suffix = loaded.recipe.audio, loaded.model.margin, path.suffix.lower()
+    if suffix in OTHER_ARRAYS:
+        raise AudioError(f"{shown(path)}: log-mels are read from .npy files; convert it: {OTHER_ARRAYS[suffix]}")
+    if suffix == ".npy":
         given = audio.read_log_mel(path, settings.n_mels)
-        said, gain = examine(path, given, loaded.heard), 1.0
-        mel = audio.pad_frames(given.clamp_min(audio.LOG_MEL_FLOOR)[None], margin)
+        said, gain, frames = examine(path, given, loaded.heard), 1.0, given.shape[1]
+        mel = iter([audio.pad_frames(given.clamp_min(audio.LOG_MEL_FLOOR)[None], margin)])
     else:
-        samples = audio.pad_to_hops(audio.read(path, settings.sample_rate), settings.hop_length)
-        said, gain = examine_f0(samples, settings, loaded.heard), audio.level_gain(samples, settings.level_db)
-        mel = audio.LogMel(settings).of_file(samples[None] * gain, margin)
+        samples = audio.pad_to_hops(recordings.read(path, settings.sample_rate), settings.hop_length)
+        pieces, gain = recordings.speech(samples, loaded.recipe)
+        speech = audio.pad_to_hops(torch.cat(pieces[:TRACKED]), settings.hop_length)
+        said, frames = examine_f0(speech, settings, loaded.heard), len(samples) // settings.hop_length
+        mel = audio.LogMel(settings).of_blocks(samples.mul_(gain)[None], margin)
     if said:
-        note(f"{path}: {said}")
-    model = loaded.model
-    mel = mel.to(next(model.parameters()).device)
-    length = (mel.shape[-1] - 2 * margin) * settings.hop_length
-    noise = model.base.noise((1, length), random_stream(seed)).to(mel) * temperature
-    if loaded.kind == "student":
-        with torch.autocast(mel.device.type, torch.bfloat16, enabled=bf16):
-            wave = torch.cat([block[0].cpu() for block in stream(model, [mel], slices(noise), compiled=fused)])
-    else:
-        with torch.inference_mode():
-            wave = sample(model(mel), noise, label=path.name)[0].cpu()
-    wave = wave / gain
-    if not wave.isfinite().all():
-        raise UserError(f"{path}: the {loaded.kind} drew values that are not finite; try a lower --temperature")
-    clipped = int((wave.abs() > 1).sum())
-    if clipped > MOST_CLIPPED * len(wave):
-        raise UserError(
-            f"{path}: {clipped / len(wave):.0%} of the samples drawn from it pass full scale, so nothing is written: a "
-            "log-mel has to be the natural logarithm of amplitudes, of sound at the level of the training"
+        note(f"{shown(path)}: {said}")
+    model, device = loaded.model, next(loaded.model.parameters()).device
+    mel = (piece.to(device) for piece in mel)
+    length = frames * settings.hop_length
+    noise = model.base.noise((1, length), random_stream(seed)).to(device).mul_(temperature)
+    wave, end, clipped = torch.empty(length), 0, 0
+    for block in _drawn(loaded, mel, noise, path.name, fused=fused, bf16=bf16):
+        block = block[0].cpu() / gain
+        if not block.isfinite().all():
+            raise AudioError(
+                f"{shown(path)}: the {loaded.kind} drew values that are not finite; try a lower --temperature"
+            )
+        clipped += int((block.abs() > 1).sum())
+        wave[end : end + len(block)], end = block, end + len(block)
+    if clipped > MOST_CLIPPED * length:
+        raise AudioError(
+            f"{shown(path)}: {clipped / length:.0%} of what is drawn from it passes full scale, so nothing is written: "
+            "a log-mel has to be the natural logarithm of amplitudes, of sound at the level of the training"
         )
     return wave, clipped
+
+
+def _drawn(
+    loaded: Checkpoint, mel: Iterator[Tensor], noise: Tensor, label: str, *, fused: bool, bf16: bool
+) -> Iterator[Tensor]:
+    """Blocks (1, n) of the waveform that a model draws from pieces of a log-mel, with all noise (1, T)."""
+    if loaded.kind == "student":
+        with torch.autocast(noise.device.type, torch.bfloat16, enabled=bf16):
+            yield from stream(loaded.model, mel, slices(noise), compiled=fused)
+    else:
+        with torch.inference_mode():
+            yield sample(loaded.model(torch.cat(list(mel), -1)), noise, label=label)
 
 
 def _run(names: list[str], path: Path, overrides: list[str] | None, root: Path, device: str, threads: str) -> None:

@@ -2,12 +2,14 @@
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,8 +24,28 @@ from wavedistill.errors import RecipeError
 
 # TOML has arrays only, so a tuple of a recipe arrives as a list.
 Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
+BACKSLASHES = "in double quotes a backslash begins an escape: write a Windows path with / or in single quotes"
 Licence = str | None
 """What the recordings may be used for, and who is to be named; every checkpoint carries it."""
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from error
+    return text
+
+
+def _path(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{text!r} holds a control character; {BACKSLASHES}")
+    return text
+
+
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(_path)]
+"""Where ~ is home."""
 Fraction = Annotated[float, Field(gt=0, lt=0.5)]
 
 
@@ -38,7 +60,7 @@ class NanottsCorpus(Section):
 
     kind: Literal["nanotts"]
     licence: Licence = None
-    text: str
+    text: FilePath
     """Text file with one sentence a line."""
     voice: Literal["en-US", "en-GB", "de-DE", "es-ES", "fr-FR", "it-IT"]
     limit: PositiveInt | None = None
@@ -46,25 +68,25 @@ class NanottsCorpus(Section):
 
 
 class DebianCorpus(Section):
-    """Every wav, flac and ogg file in a Debian package."""
+    """Every recording in a Debian package."""
 
     kind: Literal["debian"]
     licence: Licence = None
-    package: str
+    package: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9+.-]+$")]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """Of the package's file."""
-    path: str
+    path: FilePath
     """The folder the package is fetched and unpacked to; a package's file that is there already is used."""
     limit: PositiveInt | None = None
     """Use only the first so many files, in the order of their paths."""
 
 
 class FolderCorpus(Section):
-    """Every wav, flac and ogg file below a folder."""
+    """Every recording below a folder, of any kind that libsndfile reads."""
 
     kind: Literal["folder"]
     licence: Licence = None
-    path: str
+    path: FilePath
     limit: PositiveInt | None = None
     """Use only the first so many files, in the order of their paths."""
 
@@ -127,12 +149,17 @@ class Prepare(Section):
     """Shorter utterances are left out."""
     max_seconds: Annotated[float, Field(ge=1)]
     """Longer ones are cut at quiet places."""
+    max_gain_db: PositiveFloat
+    """Recordings so soft that they would be amplified by more are left out."""
     valid_fraction: Fraction
     test_fraction: Fraction
+    """Shares of the duration."""
+    together: Pattern | None = None
+    """What this finds in the names of recordings, or its first group, they have in common that must share a split."""
     storage: Literal["wav", "flac", "shards"]
     """Of the prepared audio: files of either kind, or tar archives of FLAC files as webdataset reads them."""
     max_skipped: Annotated[float, Field(ge=0, le=1)]
-    """Largest share of recordings that may be left out: no audio, silent, clipped, too short, or twice there."""
+    """Largest share of recordings that may be left out: no audio, cut off, silent, soft, clipped, short, a copy."""
 
 
 class Conditioning(Section):
@@ -380,11 +407,16 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: if the file cannot be read, or does not describe an experiment; names every faulty key.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        data = tomllib.loads(text)
     except OSError as error:
         raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        number = re.search(r"at line (\d+)", str(error))
+        hint = f"; {BACKSLASHES}" if number and "\\" in text.split("\n")[int(number[1]) - 1] else ""
+        raise RecipeError(f"{path}: not valid TOML: {error}{hint}") from error
     for override in overrides:
         _override(data, override)
     if "name" in data:

@@ -5,22 +5,25 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torchaudio
 from torch import Tensor
 
-from wavedistill import audio
+from wavedistill import recordings
+from wavedistill.audio import PCM16_STEPS
 from wavedistill.config import Corpus, DebianCorpus, FolderCorpus, NanottsCorpus
 from wavedistill.errors import CorpusError
+from wavedistill.files import named, shown
 
 NANOTTS_SAMPLE_RATE = 16000
+LONGEST_SUFFIX = "_000000.f0.npy.partial"
+"""Of what is written for a recording."""
 MOST_CLIPPED = 0.001
 """Share of a recording's samples; a clipped peak now and then does no harm."""
 
@@ -31,12 +34,14 @@ class Source(NamedTuple):
     Attributes:
         name: unique in the corpus, fit for a file name.
         origin: what a person would call it, for messages and the manifest.
-        read: gives its mono audio (T,) in [-1, 1] at a sample rate in Hz, or raises `AudioError`.
+        read: gives its mono audio (T,) at a sample rate in Hz, or raises `AudioError`.
+        path: the file it is in, if it is in one.
     """
 
     name: str
     origin: str
     read: Callable[[int], Tensor]
+    path: Path | None = None
 
 
 def sources(corpus: Corpus) -> list[Source]:
@@ -59,6 +64,16 @@ def state(corpus: Corpus) -> list[str]:
     if isinstance(corpus, DebianCorpus):
         return [corpus.sha256]
     return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in _files(corpus)]
+
+
+def unreadable(corpus: Corpus) -> list[str]:
+    """The files of a folder that may not be read just now: one of them, once it may, makes a corpus another."""
+    return [str(p) for p in _files(corpus) if not os.access(p, os.R_OK)] if isinstance(corpus, FolderCorpus) else []
+
+
+def unused(corpus: Corpus) -> list[str]:
+    """What lies in a corpus's folder, looks like recordings, and is none of its sources; and why."""
+    return _found(corpus).unused if isinstance(corpus, FolderCorpus) else []
 
 
 def _nanotts(corpus: NanottsCorpus) -> list[Source]:
@@ -86,14 +101,14 @@ def _speak(sentence: str, voice: str, sample_rate: int) -> Tensor:
     )
     if done.returncode:
         raise CorpusError(f"py-nanotts cannot speak {sentence!r}: {done.stderr.decode().strip()}")
-    samples = torch.from_numpy(np.frombuffer(done.stdout, "<i2").astype(np.float32) / audio.PCM16_STEPS)
-    return torchaudio.functional.resample(samples, NANOTTS_SAMPLE_RATE, sample_rate)
+    samples = np.frombuffer(done.stdout, "<i2").astype(np.float32) / PCM16_STEPS
+    return recordings.resample(samples, NANOTTS_SAMPLE_RATE, sample_rate)
 
 
 def _sentences(corpus: NanottsCorpus) -> list[str]:
-    path = Path(corpus.text)
+    path = _own(corpus.text)
     try:
-        sentences = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        sentences = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"corpus.text = {corpus.text!r}: cannot be read as UTF-8 text: {error}") from error
     if not sentences:
@@ -102,9 +117,14 @@ def _sentences(corpus: NanottsCorpus) -> list[str]:
 
 
 def _folder(corpus: FolderCorpus) -> list[Source]:
-    root = Path(corpus.path)
+    root = _own(corpus.path)
     return [
-        Source(_name(index, path), str(path.relative_to(root)), partial(audio.read, path, most_clipped=MOST_CLIPPED))
+        Source(
+            _name(index, path),
+            shown(path.relative_to(root)),
+            partial(recordings.read, path, most_clipped=MOST_CLIPPED),
+            path,
+        )
         for index, path in enumerate(_files(corpus), 1)
     ]
 
@@ -115,7 +135,7 @@ def _unpacked(corpus: DebianCorpus) -> FolderCorpus:
     Raises:
         CorpusError: if the package cannot be fetched or unpacked, or is not the one that the recipe means.
     """
-    root = Path(corpus.path)
+    root = _own(corpus.path)
     unpacked, page = root / corpus.sha256, f"https://packages.debian.org/{corpus.package}"
     if not unpacked.is_dir():
         root.mkdir(parents=True, exist_ok=True)
@@ -150,21 +170,76 @@ def _command(command: list[str], folder: Path, advice: str) -> None:
 
 def _name(index: int, path: Path) -> str:
     """A unique name that still shows where it comes from: two folders may hold files of one name."""
-    return f"{index:05d}_{''.join(c if c.isalnum() or c in '-_' else '_' for c in path.stem)}"
+    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in path.stem)
+    return named(f"{index:05d}_{stem}", LONGEST_SUFFIX).removesuffix(LONGEST_SUFFIX)
 
 
-def _files(corpus: FolderCorpus) -> Sequence[Path]:
-    root = Path(corpus.path)
+def _own(path: str) -> Path:
+    """A path as a person writes it, where ~ is home."""
+    return Path(os.path.expanduser(path))
+
+
+class Found(NamedTuple):
+    """What a folder holds: recordings, and what looks like some and is not used, with the reason."""
+
+    files: list[Path]
+    unused: list[str]
+
+
+def _files(corpus: FolderCorpus) -> list[Path]:
+    return _found(corpus).files
+
+
+def _found(corpus: FolderCorpus) -> Found:
+    """The recordings below a corpus's folder.
+
+    Raises:
+        CorpusError: if there are none.
+    """
+    root, given = _own(corpus.path), f"corpus.path = {corpus.path!r}"
     if not root.is_dir():
-        problem = "is a file, not a folder" if root.exists() else f"does not exist (looked at {root.absolute()})"
-        raise CorpusError(f"corpus.path = {corpus.path!r}: {problem}; give the folder that holds your recordings")
-    # Names with a leading dot are other programs' own, for instance macOS's "._take1.wav".
-    files = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in audio.AUDIO_SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
-    if not files:
-        kinds = ", ".join(sorted(audio.AUDIO_SUFFIXES))
-        raise CorpusError(f"corpus.path = {corpus.path!r}: holds no audio file ({kinds}), nor do its subfolders")
-    return files
+        problem = "is a file, not a folder" if root.exists() else f"does not exist (looked at {shown(root.absolute())})"
+        raise CorpusError(f"{given}: {problem}; give the folder that holds your recordings")
+    found = _below(root)
+    if not found.files:
+        kinds = ", ".join(sorted(recordings.READABLE))
+        others = f"; not used: {'; '.join(found.unused)}" if found.unused else ""
+        raise CorpusError(f"{given}: holds no audio file ({kinds}), nor do its subfolders{others}")
+    return found
+
+
+def _below(root: Path) -> Found:
+    """What a folder and its subfolders hold, each visited once, and those behind links after all others."""
+    files, unused, others = [], [], []
+    waiting, visited = deque([root]), set()
+    while waiting:
+        folder = waiting.popleft()
+        if (real := folder.resolve()) in visited:
+            continue
+        visited.add(real)
+        if not os.access(folder, os.R_OK | os.X_OK):
+            unused.append(f"{shown(folder.relative_to(root))}, a folder: permission denied")
+            continue
+        for path in sorted(folder.iterdir()):
+            hidden, suffix = path.name.startswith("."), path.suffix.lower()
+            if path.is_dir():
+                if not hidden:
+                    waiting.append(path) if path.is_symlink() else waiting.appendleft(path)
+                elif count := sum(inner.suffix.lower() in recordings.READABLE for inner in path.rglob("[!.]*")):
+                    unused.append(f"{shown(path.relative_to(root))}, a hidden folder: {count} recordings")
+            elif hidden:
+                continue  # other programs' own, for instance macOS's "._take1.wav"
+            elif suffix in recordings.UNREADABLE:
+                others.append(path)
+            elif suffix in recordings.READABLE:
+                if path.is_file():
+                    files.append(path)
+                else:
+                    unused.append(f"{shown(path.relative_to(root))}: not a file, or a link to nothing")
+    for suffix, count in sorted(Counter(path.suffix.lower() for path in others).items()):
+        first = min(path for path in others if path.suffix.lower() == suffix)
+        unused.append(
+            f"{count} {suffix} file{'s' * (count > 1)}, of a kind that cannot be read, such as "
+            f"{shown(first.relative_to(root))}: convert to wav or flac"
+        )
+    return Found(sorted(files), unused)

@@ -7,11 +7,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+NAME_BYTES = 255
+"""The longest name of a file that file systems take."""
+
+
+def shown(path: Path | str) -> str:
+    """A path as one line that can be printed and written as JSON, whatever bytes are in it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+
+
+def named(stem: str, suffix: str) -> str:
+    """A name for a file: a stem, cut short where file systems would not take it, and a suffix."""
+    while len(os.fsencode(stem + suffix)) > NAME_BYTES:
+        stem = stem[: len(stem) - 1]
+    return stem + suffix
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` once it is whole and safe on the disk; else nothing is left."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(named(path.name, ".partial"))
     try:
         with partial.open("wb") as file:
             yield file

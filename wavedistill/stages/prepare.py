@@ -5,28 +5,28 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-import librosa
 import numpy as np
 import torch
-from torch import Tensor
 
-from wavedistill import audio, corpora
+from wavedistill import audio, corpora, recordings
 from wavedistill.config import Prepare, Recipe
 from wavedistill.corpora import Source
 from wavedistill.data import Manifest, Part, Split, Utterance
 from wavedistill.errors import AudioError, CorpusError
 from wavedistill.experiment import Experiment, Stage, fingerprint, sha256, write_json
 from wavedistill.files import replacing
+from wavedistill.memory import free_memory
 from wavedistill.pitch import track_f0
 from wavedistill.progress import note, progress
 
@@ -39,6 +39,8 @@ SHARD_BYTES = 2**28
 """Of an archive of prepared clips, about: large enough for an object store, small enough to be one of many."""
 SHOWN = 10
 """Recordings left out that are named; a file names them all."""
+WORKER_BYTES, SAMPLE_BYTES = 2**29, 16
+"""What a process that prepares takes, and for each sample of its recording."""
 
 
 class Clip(NamedTuple):
@@ -82,8 +84,11 @@ def run(experiment: Experiment) -> str:
         clips += new
         if not new:
             faults.append(result.fault or f"{source.origin}: holds the same sound as {known[0]}; remove either")
-    report = experiment.root / "prepare.json"
-    write_json(report, {"recordings": len(sources), "utterances": len(clips), "left_out": faults})
+    report, unused = experiment.root / "prepare.json", corpora.unused(recipe.corpus)
+    about = {"recordings": len(sources), "utterances": len(clips), "left_out": faults, "not_used": unused}
+    write_json(report, about)
+    _name("not used", unused, report)
+    _name("left out", faults, report)
     _judge(faults, len(sources), recipe, report)
     if len(clips) < 3:
         raise CorpusError(
@@ -126,16 +131,13 @@ def _begin(folder: Path, current: str) -> None:
 
 
 def _prepared(sources: list[Source], recipe: Recipe, folder: Path) -> Iterator[Result]:
-    """The result of each recording, in order, computed on all cores; those of few recordings in this process."""
+    """The result of each recording, in order, computed on many cores; those of few recordings in this process."""
     one = partial(_prepare, recipe=recipe, folder=folder)
     if len(sources) < FEW:
         yield from map(one, sources)
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # What librosa compiles on its first use is cached here, before several processes would write that cache at once and
-    # break it: numba issue 10128, which ends in a segmentation fault.
-    list(utterances(torch.ones(recipe.audio.sample_rate), recipe))
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), initializer=_worker) as pool:
+    count = _workers([source.path for source in sources if source.path], recipe.audio.sample_rate)
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_worker) as pool:
         try:
             yield from pool.map(one, sources, chunksize=4)
         except BrokenProcessPool as error:
@@ -145,23 +147,29 @@ def _prepared(sources: list[Source], recipe: Recipe, folder: Path) -> Iterator[R
             ) from error
 
 
+def _workers(paths: Sequence[Path], sample_rate: int) -> int:
+    """How many processes prepare: one a core, but no more than have room if each has the longest recording."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    longest = max(map(recordings.seconds, paths), default=0.0)
+    return max(1, min(cores, int(free_memory() / (WORKER_BYTES + SAMPLE_BYTES * longest * sample_rate))))
+
+
 def _worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     torch.set_num_threads(1)
 
 
 def _prepare(source: Source, recipe: Recipe, folder: Path) -> Result:
-    """Write the clips of one recording, or read what an earlier call noted of it."""
+    """Write the clips of one recording, or read what an earlier call noted of them; what failed may not fail again."""
     record = folder / "records" / f"{source.name}.json"
     if record.is_file():
-        clips, fault = json.loads(record.read_text())
-        return Result([Clip(*clip) for clip in clips], fault)
+        return Result([Clip(*clip) for clip in json.loads(record.read_text())], None)
     try:
-        result = Result(_clips(source, recipe, folder), None)
+        clips = _clips(source, recipe, folder)
     except AudioError as error:
-        result = Result([], str(error))
-    write_json(record, result)
-    return result
+        return Result([], str(error))
+    write_json(record, clips)
+    return Result(clips, None)
 
 
 def _clips(source: Source, recipe: Recipe, folder: Path) -> list[Clip]:
@@ -173,8 +181,13 @@ def _clips(source: Source, recipe: Recipe, folder: Path) -> list[Clip]:
     samples = source.read(recipe.audio.sample_rate)
     if not samples.any():
         raise AudioError(f"{source.origin}: is silent from end to end; remove it or record it again")
-    pieces = list(utterances(samples, recipe))
-    gain = audio.level_gain(torch.cat(pieces), recipe.audio.level_db)
+    pieces, gain = recordings.speech(samples, recipe)
+    gain_db, most = 20 * math.log10(gain), recipe.prepare.max_gain_db
+    if gain_db > most:
+        raise AudioError(
+            f"{source.origin}: is so soft that it would be amplified by {gain_db:.0f} dB, and prepare.max_gain_db = "
+            f"{most:g}: its noise would be learnt; remove it, or record it again, closer"
+        )
     clips = []
     for number, piece in enumerate(pieces):
         if len(piece) < recipe.prepare.min_seconds * recipe.audio.sample_rate:
@@ -195,39 +208,51 @@ def _clips(source: Source, recipe: Recipe, folder: Path) -> list[Clip]:
     return clips
 
 
-def utterances(samples: Tensor, recipe: Recipe) -> Iterator[Tensor]:
-    """Cut a recording (T,) at quiet places into pieces of at most `max_seconds`, each without silence at its ends.
-
-    What counts as silence is the same for all pieces, so that a long pause leaves an empty one, not amplified noise.
-    """
-    loudest = float(librosa.feature.rms(y=samples.numpy()).max())
-
-    def trim(piece: Tensor) -> Tensor:
-        return torch.from_numpy(librosa.effects.trim(piece.numpy(), top_db=recipe.prepare.trim_db, ref=loudest)[0])
-
-    rest = trim(samples)
-    longest = int(recipe.prepare.max_seconds * recipe.audio.sample_rate)
-    while len(rest) > longest:
-        cut = _quietest(rest[longest // 2 : longest], recipe.audio.sample_rate) + longest // 2
-        yield trim(rest[:cut])
-        rest = rest[cut:]
-    yield trim(rest)
-
-
 def splits(clips: list[Clip], recipe: Recipe) -> dict[str, Split]:
-    """The split of each clip: by recording, so that no recording is in two, or by clip if there are too few of them."""
+    """The split of each clip, as shares of the duration: no group of recordings is in two.
+
+    A group is one recording, or all that `prepare.together` says; with fewer than three recordings, one clip. Test
+    takes, and then valid, the groups that fit into its share, or the shortest if none does, and leaves some.
+
+    Raises:
+        CorpusError: if `prepare.together` makes fewer than three groups.
+    """
     settings: Prepare = recipe.prepare
-    by_recording = len({clip.source for clip in clips}) >= 3
-    group = {clip.name: clip.source if by_recording else clip.name for clip in clips}
+    group = {clip.name: _group(clip.source, settings.together) for clip in clips}
+    if (count := len(set(group.values()))) < 3:
+        if settings.together:
+            raise CorpusError(
+                f"prepare.together = {settings.together!r} leaves {count} groups of recordings, and 3 are needed, one "
+                "each to train, validate and test: change it, or remove it"
+            )
+        group = {clip.name: clip.name for clip in clips}
+    frames: dict[str, int] = dict.fromkeys(group.values(), 0)
+    for clip in clips:
+        frames[group[clip.name]] += clip.frames
     # Ranked by a hash, so that the order of files says nothing about their split.
-    ranked = sorted(set(group.values()), key=lambda g: hashlib.sha256(f"{recipe.seed} {g}".encode()).digest())
-    test, valid = (
-        max(1, math.floor(fraction * len(ranked))) for fraction in (settings.test_fraction, settings.valid_fraction)
-    )
-    part: dict[str, Split] = {
-        g: "test" if rank < test else "valid" if rank < test + valid else "train" for rank, g in enumerate(ranked)
-    }
+    rest = sorted(frames, key=lambda g: hashlib.sha256(f"{recipe.seed} {g}".encode()).digest())
+    part: dict[str, Split] = dict.fromkeys(rest, "train")
+    shares: list[tuple[Split, float, int]] = [
+        ("test", settings.test_fraction, 2),
+        ("valid", settings.valid_fraction, 1),
+    ]
+    for split, fraction, left in shares:
+        budget = fraction * sum(frames.values()) + 1e-6
+        taken: list[str] = []
+        for g in rest:
+            if frames[g] <= budget and len(rest) - len(taken) > left:
+                taken.append(g)
+                budget -= frames[g]
+        taken = taken or [min(rest, key=frames.__getitem__)]
+        rest = [g for g in rest if g not in taken]
+        part.update(dict.fromkeys(taken, split))
     return {name: part[g] for name, g in group.items()}
+
+
+def _group(source: str, together: str | None) -> str:
+    """What a recording belongs to: what a pattern finds in its name, or its first group; else the name itself."""
+    found = re.search(together, source) if together else None
+    return source if found is None else (found[1] if found.re.groups else found[0]) or source
 
 
 def _files(folder: Path, name: str, recipe: Recipe) -> tuple[Path, Path]:
@@ -273,19 +298,15 @@ def _shards(pairs: list[tuple[Path, Path]]) -> Iterator[list[Path]]:
         yield shard
 
 
-def _quietest(samples: Tensor, rate: int) -> int:
-    """The middle of the quietest 50 ms of samples (T,)."""
-    width = rate // 20
-    energy = np.convolve(samples.numpy() ** 2, np.ones(width), mode="valid")
-    return int(energy.argmin()) + width // 2
+def _name(what: str, reasons: list[str], report: Path) -> None:
+    for reason in reasons[:SHOWN]:
+        note(f"{what}: {reason}")
+    if len(reasons) > SHOWN:
+        note(f"{what}: {len(reasons) - SHOWN} more: {report}")
 
 
 def _judge(faults: list[str], recordings: int, recipe: Recipe, report: Path) -> None:
     allowed = recipe.prepare.max_skipped
-    for fault in faults[:SHOWN]:
-        note(f"left out: {fault}")
-    if len(faults) > SHOWN:
-        note(f"left out: {len(faults) - SHOWN} more: {report}")
     if len(faults) > allowed * recordings:
         raise CorpusError(
             f"{faults[0]}; {len(faults)} of {recordings} recordings cannot be used ({report} has them all), and "
@@ -301,7 +322,7 @@ def _share(part: int, whole: int) -> float:
 
 def _settings(experiment: Experiment) -> list[Any]:
     settings = experiment.recipe.model_dump(mode="json", include=READS, exclude=SAYS)
-    return [settings, corpora.state(experiment.recipe.corpus)]
+    return [settings, corpora.state(experiment.recipe.corpus), corpora.unreadable(experiment.recipe.corpus)]
 
 
 def _outputs(experiment: Experiment) -> list[Path]:

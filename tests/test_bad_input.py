@@ -1,6 +1,7 @@
 """Whatever is wrong with what a user gives: one line that names it, an exit code, and nothing finished is touched."""
 
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -18,6 +19,8 @@ from filelock import FileLock
 from tests.conftest import RECIPES, speech_like
 from wavedistill import checkpoint
 from wavedistill.cli import main
+from wavedistill.config import NanottsCorpus, load_recipe
+from wavedistill.recordings import KINDS
 from wavedistill.training import saved_states
 
 SMALL = {"teacher.layers": 2, "student.flow_layers": [2], "prepare.min_seconds": 0.5}
@@ -63,6 +66,33 @@ class Place:
 
     def npy(self, name: str, array: Any) -> Path:
         np.save(self.root / name, array)
+        return self.root / name
+
+    def npz(self, name: str) -> Path:
+        with (self.root / name).open("wb") as file:
+            np.savez(file, mel=MEL)
+        return self.root / name
+
+    def dir(self, name: str) -> Path:
+        (self.root / name).mkdir()
+        return self.root / name
+
+    def link(self, name: str, target: str) -> Path:
+        (self.root / name).symlink_to(target)
+        return self.root / name
+
+    def copy(self, name: str) -> Path:
+        return self.file(name, (self.voice / "0.wav").read_bytes())
+
+    def patched(self, offset: int, content: bytes) -> Path:
+        """A recording with some bytes of its header changed."""
+        before = (self.voice / "0.wav").read_bytes()
+        return self.file("a.wav", before[:offset] + content + before[offset + len(content) :])
+
+    def sound(self, name: str, samples: Any = None, *, rate: int = 16000, subtype: str | None = None) -> Path:
+        kind = KINDS[Path(name).suffix]
+        samples = speech_like(16000, 9).numpy() if samples is None else samples
+        soundfile.write(self.root / name, samples, rate, format=kind, subtype=subtype)
         return self.root / name
 
     def tensors(self, name: str, header: dict[str, Any], **tensors: torch.Tensor) -> Path:
@@ -119,6 +149,9 @@ PRECISION = ("--set", "teacher.training.precision=fp8")
 ACCUMULATE = ("--set", "teacher.training.accumulate=2")
 COMPILE = ("--set", "teacher.training.compile=true")
 OWN = ("--set", "student.teacher=nowhere:load", "--set", "student.loss.kl_estimator=mc")
+SOFT = 1e-3 * speech_like(16000, 9).numpy()
+DITHER = np.sign(SOFT) / 2**15
+FLAT = (1e5 * SOFT).clip(-1.5, 1.5)
 MEL = np.full((40, 12), -5.0, np.float32)
 Case = Callable[[Place], list[str]]
 CASES: dict[str, tuple[int, str, Case]] = {
@@ -129,18 +162,62 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "NaN": (1, "a.wav: holds samples that are not finite", lambda p: p.generate(p.wav("a.wav", [0, np.nan, 0]))),
     "infinite": (1, "a.wav: holds samples that are not finite", lambda p: p.generate(p.wav("a.wav", [0, np.inf]))),
     "no file": (1, "a.wav: no such file", lambda p: p.generate(p.root / "a.wav")),
-    "folder": (1, "voice: no such file", lambda p: p.generate(p.voice)),
+    "folder": (1, "voice: is a folder; give the files in it", lambda p: p.generate(p.voice)),
     "half a header": (1, "a.flac: not readable", lambda p: p.generate(p.file("a.flac", b"fLaC\0\0\0"))),
     "overwrites": (1, "would overwrite this input", lambda p: p.generate(p.voice / "0.wav", out=p.voice)),
     "same name": (1, "another input of the same name", lambda p: p.generate(p.voice / "0.wav", p.root / "0.npy")),
     "out is a file": (1, "out", lambda p: p.generate(p.voice / "0.wav", out=p.file("out", "x"))),
+    "half a wav": (1, "a.wav: is cut off: 0.50 of 1.00 seconds", lambda p: p.generate(damage(p.copy("a.wav")))),
+    "half a FLAC": (1, "a.flac: is cut off: 0.", lambda p: p.generate(damage(p.sound("a.flac")))),
+    "half an AIFF": (1, "a.aiff: is cut off: 0.", lambda p: p.generate(damage(p.sound("a.aiff")))),
+    "half a CAF": (1, "a.caf: not readable as audio", lambda p: p.generate(damage(p.sound("a.caf")))),
+    "half an Ogg": (1, "a.ogg: ", lambda p: p.generate(damage(p.sound("a.ogg")))),
+    "half an Opus": (1, "a.opus: ", lambda p: p.generate(damage(p.sound("a.opus", subtype="OPUS")))),
+    "wav's head": (1, "a.wav: ", lambda p: p.generate(p.file("a.wav", p.copy("b.wav").read_bytes()[:40]))),
+    "no size": (1, "a.wav: says that it holds no samples, and", lambda p: p.generate(p.patched(40, b"\0\0\0\0"))),
+    "no channels": (1, "a.wav: not readable as audio", lambda p: p.generate(p.patched(22, b"\0\0"))),
+    "65,535 channels": (1, "a.wav: ", lambda p: p.generate(p.patched(22, b"\xff\xff"))),
+    "no rate": (1, "a.wav: ", lambda p: p.generate(p.patched(24, b"\0\0\0\0"))),
+    "a rate of 3 Hz": (1, "a.wav: says that it has 3 samples", lambda p: p.generate(p.patched(24, b"\3\0\0\0"))),
+    "a rate of 4 GHz": (1, "a.wav: ", lambda p: p.generate(p.patched(24, b"\xff\xff\xff\xff"))),
+    "unknown codec": (1, "a.wav: not readable as audio", lambda p: p.generate(p.patched(20, b"\x99\x99"))),
+    "whole numbers": (
+        1,
+        "a.wav: holds values up to 20000: floating point on the scale of 16-bit integers; divide by 32768",
+        lambda p: p.generate(p.wav("a.wav", [0.0, 20000.0, -1.0])),
+    ),
+    "one sample": (1, "a.wav: holds 1 samples", lambda p: p.generate(p.sound("a.wav", np.ones(1), rate=96000))),
+    "m4a": (1, "a.m4a: not readable as audio", lambda p: p.generate(p.file("a.m4a", b"\0\0\0 ftypM4A "))),
+    "a page": (1, "a.wav: not readable as audio", lambda p: p.generate(p.file("a.wav", "<!DOCTYPE html><html>"))),
+    "zip as sound": (1, "a.wav: not readable as audio", lambda p: p.generate(p.file("a.wav", b"PK\3\4" * 99))),
+    "two lines": (1, "a\\nb.wav: not readable", lambda p: p.generate(p.file("a\nb.wav", "words"))),
+    "no UTF-8": (1, "\\udcff.wav: not readable", lambda p: p.generate(p.file("\udcff.wav", "words"))),
+    "longest name": (1, "nn.wav: not readable", lambda p: p.generate(p.file("n" * 251 + ".wav", "words"))),
+    "longer name": (1, "nn.wav: cannot be read: file name too", lambda p: p.generate(p.root / ("n" * 252 + ".wav"))),
+    "link to nothing": (1, "a.wav: no such file", lambda p: p.generate(p.link("a.wav", "nothing"))),
+    "link to itself": (1, "a.wav: ", lambda p: p.generate(p.link("a.wav", "a.wav"))),
+    "below a file": (1, "0.wav/a.wav: ", lambda p: p.generate(p.voice / "0.wav" / "a.wav")),
+    "same long name": (1, "another input of the same name", lambda p: p.generate("n" * 254, "n" * 253)),
     # Log-mels.
     "bands": (1, "m.npy: has shape (80, 12)", lambda p: p.generate(p.npy("m.npy", np.ones((80, 12))))),
     "transposed": (1, "so transpose it", lambda p: p.generate(p.npy("m.npy", MEL.T))),
     "integers": (1, "m.npy: holds values of type int", lambda p: p.generate(p.npy("m.npy", MEL.astype(int)))),
     "NaN in a mel": (1, "m.npy: holds values that are not finite", lambda p: p.generate(p.npy("m.npy", MEL * np.nan))),
     "decibels": (1, "is it in decibels", lambda p: p.generate(p.npy("m.npy", MEL * 16))),
-    "three axes": (1, "m.npy: has shape (1, 40, 12)", lambda p: p.generate(p.npy("m.npy", MEL[None]))),
+    "three axes": (1, "m.npy: has shape (2, 40, 12)", lambda p: p.generate(p.npy("m.npy", np.stack([MEL, MEL])))),
+    "one axis": (1, "m.npy: has shape (40,)", lambda p: p.generate(p.npy("m.npy", MEL[:, 0]))),
+    "a number": (1, "m.npy: has shape ()", lambda p: p.generate(p.npy("m.npy", np.float32(1)))),
+    "complex": (1, "m.npy: holds values of type complex", lambda p: p.generate(p.npy("m.npy", MEL + 1j))),
+    "words in an array": (1, "m.npy: holds values of type <U", lambda p: p.generate(p.npy("m.npy", MEL.astype(str)))),
+    "infinite mel": (1, "m.npy: holds values that are not", lambda p: p.generate(p.npy("m.npy", MEL * np.inf))),
+    "half's infinity": (1, "not finite", lambda p: p.generate(p.npy("m.npy", np.full((40, 9), np.inf, np.float16)))),
+    "huge": (1, "m.npy: not a NumPy array", lambda p: p.generate(huge(p.npy("m.npy", MEL)))),
+    "zip as mel": (1, "m.npy: has shape ?", lambda p: p.generate(p.npz("m.npy"))),
+    "zipped": (1, "m.npz: log-mels are read from .npy files", lambda p: p.generate(p.npz("m.npz"))),
+    "tensor": (1, "m.pt: log-mels are read from .npy files", lambda p: p.generate(p.file("m.pt", "x"))),
+    "old tensor": (1, "m.pth: log-mels are read from .npy files", lambda p: p.generate(p.file("m.pth", "x"))),
+    "folder as mel": (1, "m.npy: cannot be read: is a directory", lambda p: p.generate(p.dir("m.npy"))),
+    "mel of a strange name": (1, "m\\nm.npy: not a NumPy array", lambda p: p.generate(p.file("m\nm.npy", "x"))),
     "no frames": (1, "m.npy: has shape (40, 0)", lambda p: p.generate(p.npy("m.npy", MEL[:, :0]))),
     "objects": (1, "m.npy: not a NumPy array", lambda p: p.generate(p.npy("m.npy", np.array([{}], dtype=object)))),
     "half a mel": (1, "m.npy: not a NumPy array", lambda p: p.generate(damage(p.npy("m.npy", MEL)))),
@@ -177,6 +254,14 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "storage": (2, "prepare.storage = 'zip'", lambda p: [*p.stage("prepare"), "--set", "prepare.storage=zip"]),
     "no such teacher": (2, "No module named 'nowhere'", lambda p: [*p.stage("run", "--until", "student"), *OWN]),
     "fused without": (2, "need a C++ compiler", lambda p: [*p.generate(p.voice / "0.wav"), "--fused"]),
+    "key twice": (2, "mine.toml: not valid TOML", lambda p: p.change("n_fft = 800", "n_fft = 800\nn_fft = 800")),
+    "section twice": (2, "mine.toml: not valid TOML", lambda p: p.change("[audio]", "[audio]\n[audio]")),
+    "no such section": (2, "sound: unknown key", lambda p: p.change("[audio]", "[sound]\nx = 1\n[audio]")),
+    "name": (2, "name: unknown key; the file's own name", lambda p: p.change("seed = 1", 'seed = 1\nname = "x"')),
+    "backslashes": (2, "write a Windows path with / or", lambda p: p.change(str(p.voice), r"C:\Users\me\voice")),
+    "a tab in a path": (2, "holds a control character; in double", lambda p: p.change(str(p.voice), r"C:\temp")),
+    "folder as recipe": (2, "mine.toml: cannot read", lambda p: then(replaced_by_folder(p.recipe), p.stage("prepare"))),
+    "UTF-16": (2, "mine.toml: not valid TOML", lambda p: then(in_utf16(p.recipe), p.stage("prepare"))),
     # Corpora.
     "no corpus": (1, "not exist", lambda p: then(shutil.rmtree(p.voice), p.stage("prepare"))),
     "corpus is a file": (1, "a file", lambda p: then((shutil.rmtree(p.voice), p.file("voice")), p.stage("prepare"))),
@@ -188,6 +273,27 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "twice": (1, "same sound", lambda p: then(shutil.copy(p.voice / "0.wav", p.voice / "9.wav"), p.stage("prepare"))),
     "NaN in one": (1, "x.wav: holds samples", lambda p: then(p.wav("voice/x.wav", [np.nan] * 9), p.stage("prepare"))),
     "too few": (1, "2 utterances", lambda p: [*p.stage("prepare"), "--set", "corpus.limit=2"]),
+    "soft": (1, "x.wav: is so soft that it would", lambda p: then(p.wav("voice/x.wav", SOFT), p.stage("prepare"))),
+    "dither": (1, "x.wav: is so soft", lambda p: then(p.sound("voice/x.wav", DITHER), p.stage("prepare"))),
+    "an offset only": (1, "x.wav: is silent", lambda p: then(p.wav("voice/x.wav", 0 * SOFT + 0.3), p.stage("prepare"))),
+    "flat tops": (1, "x.wav: is clipped", lambda p: then(p.wav("voice/x.wav", FLAT), p.stage("prepare"))),
+    "cut off": (1, "x.wav: is cut off: 0.", lambda p: then(damage(p.copy("voice/x.wav")), p.stage("prepare"))),
+    "half a FLAC in it": (1, "x.flac: is cut", lambda p: then(damage(p.sound("voice/x.flac")), p.stage("prepare"))),
+    "half an mp3 in it": (1, "x.mp3: ", lambda p: then(p.file("voice/x.mp3", b"ID3\4"), p.stage("prepare"))),
+    "empty in it": (1, "x.wav: not readable", lambda p: then(p.file("voice/x.wav"), p.stage("prepare"))),
+    "strange name in it": (1, "\\nx.wav: not readable", lambda p: then(p.file("voice/\nx.wav"), p.stage("prepare"))),
+    "no UTF-8 in it": (1, "\\udcff.wav: not", lambda p: then(p.file("voice/\udcff.wav"), p.stage("prepare"))),
+    "integers in it": (1, "on the scale of 16", lambda p: then(p.wav("voice/x.wav", SOFT * 1e8), p.stage("prepare"))),
+    "only m4a": (1, "not used: 1 .m4a file", lambda p: then(only(p, "x.m4a"), p.stage("prepare"))),
+    "only hidden": (1, "not used: .x, a hidden folder", lambda p: then(only(p, ".x/x.wav"), p.stage("prepare"))),
+    "only a link": (1, "x.wav: not a file, or a link", lambda p: then(linked(p, "x.wav"), p.stage("prepare"))),
+    "only text": (1, "holds no audio file", lambda p: then(only(p, "x.txt"), p.stage("prepare"))),
+    "no text": (1, "corpus.text = 'no.txt': cannot be read", lambda p: [*p.stage("prepare"), *spoken("no.txt")]),
+    "no UTF-8 text": (1, "cannot be read as", lambda p: [*p.stage("prepare"), *spoken(p.file("t.txt", b"\xff"))]),
+    "empty text": (1, "holds no sentences", lambda p: [*p.stage("prepare"), *spoken(p.file("t.txt", " \n"))]),
+    "folder as text": (1, "cannot be read as", lambda p: [*p.stage("prepare"), *spoken(p.voice)]),
+    "together too much": (1, "leaves 1 groups", lambda p: [*p.stage("prepare"), "--set", "prepare.together='wav'"]),
+    "all too short": (1, "prepare.min_seconds = 9", lambda p: [*p.stage("prepare"), "--set", "prepare.min_seconds=9"]),
     # The experiment's folder.
     "not prepared": (1, "prepare stage has not", lambda p: then(shutil.rmtree(p.folder), p.stage("teacher"))),
     "no manifest": (1, "manifest.json: missing", lambda p: then(manifest(p).unlink(), p.stage("teacher"))),
@@ -213,6 +319,119 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "folder is a file": (1, "teacher", lambda p: then(replaced(p.folder / "teacher"), p.again("teacher"))),
     "locked": (1, "another process is at work", lambda p: then(locked(p), p.stage("prepare"))),
 }  # fmt: skip
+ABSURD = {
+    "seed": "-1 4294967296 1.5 x",
+    "corpus.limit": "0 -1",
+    "corpus.path": "'' 3",
+    "corpus.pathh": "x",
+    "audio.sample_rate": "0 -16000 16000.5",
+    "audio.hop_length": "0",
+    "audio.n_fft": "0 801 100",
+    "audio.n_mels": "0",
+    "audio.f_min": "-1 9000",
+    "audio.f_max": "9000 nan",
+    "audio.f0_min": "0 500",
+    "audio.f0_max": "5000 inf",
+    "audio.level_db": "0 loud",
+    "prepare.trim_db": "0",
+    "prepare.min_seconds": "0",
+    "prepare.max_seconds": "0.5 inf",
+    "prepare.max_gain_db": "0 -3",
+    "prepare.valid_fraction": "0 0.5",
+    "prepare.test_fraction": "1 -0.1",
+    "prepare.together": "'(' '' 1",
+    "prepare.storage": "mp3",
+    "prepare.max_skipped": "1.1 -1",
+    "conditioning.channels": "0 -2",
+    "conditioning.context": "0",
+    "conditioning.upsample": "[] [0] 200",
+    "conditioning.pitch": "1",
+    "linear_prediction.order": "-1 999",
+    "linear_prediction.preemphasis": "1",
+    "teacher.base": "cauchy",
+    "teacher.components": "0",
+    "teacher.layers": "0",
+    "teacher.min_log_scale": "1",
+    "teacher.network.channels": "0",
+    "teacher.network.kernel_size": "1",
+    "teacher.network.dilation_cycle": "0",
+    "teacher.training.steps": "0",
+    "teacher.training.batch_size": "0",
+    "teacher.training.learning_rate": "0",
+    "teacher.training.grad_clip": "-1",
+    "teacher.training.ema_decay": "1",
+    "student.flow_layers": "[] [0]",
+    "student.teacher": "nowhere",
+    "student.spectral_n_ffts": "[8]",
+    "student.loss.kl": "-1",
+    "student.loss.kl_estimator": "exact",
+    "student.loss.kl_draws": "0",
+    "evaluate.clips": "0",
+    "evaluate.max_seconds": "0",
+    "evaluate.temperature": "0",
+    "gates.vuv_f1": "2",
+    "gates.level_db": "0",
+    "benchmark.threads": "[] [0]",
+    "benchmark.seconds": "[0]",
+    "benchmark.repeats": "0",
+    "teacher.network.skip_channels": "0",
+    "student.network.channels": "x",
+    "student.training.segment_frames": "0",
+    "student.training.compile": "yes",
+    "student.training.validate_every": "0",
+    "student.training.warmup_steps": "-1",
+    "student.training.precision": "fp16",
+    "student.periodic_source": "0",
+    "evaluate.kl_draws": "0",
+    "benchmark.naive_samples": "0",
+    "gates.better_scores": "4",
+}
+CASES |= {
+    f"{key} = {value}": (2, key.rpartition(".")[2], lambda p, s=f"{key}={value}": [*p.stage("prepare"), "--set", s])
+    for key, values in ABSURD.items()
+    for value in values.split()
+}
+PACKAGES = ("-o=Dir=/", "voice=1.0", "Voice", "a b", "v;ls", "../voice", "v", "")
+CASES |= {
+    f"package {name!r}": (2, "corpus.package", lambda p, n=name: [*p.stage("prepare"), "--set", fetched(n, p.root)])
+    for name in PACKAGES
+}
+
+
+def fetched(package: str, folder: Path) -> str:
+    return f'corpus={{kind="debian",package="{package}",sha256="{"0" * 64}",path="{folder}"}}'
+
+
+def spoken(text: str | Path) -> list[str]:
+    return ["--set", f'corpus={{kind="nanotts",text="{text}",voice="en-US"}}']
+
+
+def huge(path: Path) -> Path:
+    """An array whose header promises terabytes."""
+    path.write_bytes(path.read_bytes().replace(b"(40, 12), }  ", b"(40, 1" + b"0" * 12 + b"), }"))
+    return path
+
+
+def only(p: Place, name: str) -> None:
+    """The corpus is one copy of a recording by another name."""
+    content = (p.voice / "0.wav").read_bytes()
+    shutil.rmtree(p.voice)
+    (p.voice / name).parent.mkdir(parents=True)
+    (p.voice / name).write_bytes(content)
+
+
+def linked(p: Place, name: str) -> None:
+    only(p, "x.txt")
+    (p.voice / name).symlink_to("nothing")
+
+
+def replaced_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def in_utf16(path: Path) -> None:
+    path.write_text(path.read_text(), encoding="utf-16")
 
 
 def teacher(p: Place) -> Path:
@@ -277,3 +496,55 @@ def test_bad_input_ends_in_one_line_that_names_it(
     assert errors.rstrip().endswith(said[0]), "nothing after it"
     assert message in said[0]
     assert contents(place) == before
+
+
+def run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", ["wavedistill", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_of_many_inputs_the_good_ones_are_synthesised_and_the_others_named(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place(tmp_path / "place")
+    shutil.copytree(finished, place.root)
+    inputs = [
+        *(place.file("words.wav", "words"), place.voice / "0.wav", place.npy("bad.npy", MEL.T)),
+        *(damage(place.copy("cut.wav")), place.npy("good.npy", MEL), place.root / "gone.wav"),
+    ]
+    assert run(place.generate(*inputs), monkeypatch) == 1
+    said = capsys.readouterr()
+    assert {path.name for path in place.out.iterdir()} == {"0.wav", "good.wav"}
+    assert len(said.out.splitlines()) == 2
+    first, *others = said.err[said.err.index("wavedistill: ") :].splitlines()
+    assert first == "wavedistill: 4 of 6 inputs could not be synthesised:"
+    for line, name in zip(others, ("words.wav", "bad.npy", "cut.wav", "gone.wav"), strict=True):
+        assert line.startswith(str(place.root / name))
+
+
+@pytest.mark.parametrize(
+    "mel",
+    [MEL, MEL[None], MEL.astype(np.float16), MEL.astype(">f8"), np.asfortranarray(MEL)],
+    ids=lambda m: str(m.dtype),
+)
+def test_log_mels_of_any_layout_and_names_of_any_length_are_taken(
+    finished: Path, tmp_path: Path, mel: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(finished)
+    out = tmp_path / "out"
+    names = ["m" * 251 + ".npy", "\udcff\nm.npy", "\u0101" * 125 + ".npy"]
+    for name in names:
+        np.save(tmp_path / name, mel)
+    assert run(place.generate(*(tmp_path / name for name in names), out=out), monkeypatch) == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(name.replace(".npy", ".wav") for name in names)
+    assert all(soundfile.info(os.fsencode(path)).frames == 12 * 200 for path in out.iterdir())
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark_and_name_a_path_of_windows(tmp_path: Path) -> None:
+    text = (RECIPES / "tiny.toml").read_text().replace('"recipes/demo.txt"', r"'C:\temp\a.txt'")
+    (tmp_path / "mine.toml").write_text(text, encoding="utf-8-sig")
+    corpus = load_recipe(tmp_path / "mine.toml").corpus
+    assert isinstance(corpus, NanottsCorpus)
+    assert corpus.text == r"C:\temp\a.txt"

@@ -1,5 +1,6 @@
 """The command line `wavedistill`."""
 
+import os
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
@@ -181,7 +182,7 @@ def generate(
             raise UserError(
                 f"{shown(path)}: another input of the same name would also become {shown(target)}; run them one by one"
             )
-        if target.resolve() == path.resolve():
+        if os.path.realpath(target) == os.path.realpath(path):
             raise UserError(f"{shown(path)}: --out {shown(out)} would overwrite this input; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     settle(wanted_threads, loaded.model.networks[0])

@@ -433,7 +433,10 @@ def validate_recipe(data: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(item["type"], item["loc"], item["msg"], item["input"]) for item in error.errors()]
+        wrong = {item["loc"][: len(item["loc"]) - 1] for item in error.errors()}
+        # A list whose items are wrong is said to be too short as well, because it lacks them.
+        items = [item for item in error.errors() if item["type"] != "too_short" or item["loc"] not in wrong]
+        lines = [_explain(item["type"], item["loc"], item["msg"], item["input"]) for item in items]
         raise RecipeError("\n".join(f"{source}: {line}" for line in lines)) from error
 
 

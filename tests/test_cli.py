@@ -1,6 +1,7 @@
 """The command line as a user types it: the whole pipeline in miniature, waveforms from checkpoints, and mistakes."""
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from wavedistill.checkpoint import load_model
 from wavedistill.cli import main
 from wavedistill.config import Gates, load_recipe
 from wavedistill.experiment import Experiment, run_stage
-from wavedistill.models import compiler
+from wavedistill.models import compiler, require_compiler
 from wavedistill.stages import STAGES, benchmark
 from wavedistill.training import saved_states
 from wavedistill.verdict import Scores, against_untrained, gates, in_words
@@ -45,6 +46,30 @@ def fails(code: int, message: str, *arguments: str | Path) -> None:
     assert result.returncode == code, result.stderr
     assert message in " ".join(result.stderr.split()), result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_bar_in_a_log_file_is_drawn_only_where_something_is_new() -> None:
+    """tqdm's monitor draws bars again whose last step was long ago."""
+    script = (
+        "import time; from tqdm import tqdm; tqdm.monitor_interval = min(tqdm.monitor_interval, 0.1)\n"
+        "from wavedistill.progress import progress; bar = progress(total=2, mininterval=0.1)\n"
+        "bar.update(); time.sleep(2); bar.update(); bar.close()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    drawn = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert len(drawn) <= 3, drawn
+
+
+def test_a_cuda_without_a_gpu_is_nobodys_worry(caplog: pytest.LogCaptureFixture) -> None:
+    """torch warns of it where it compiles for a CPU; of other things it goes on to warn."""
+    require_compiler(torch.device("cpu"))
+    log = logging.getLogger("torch.utils.cpp_extension")
+    log.addHandler(caplog.handler)
+    log.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "x")
+    log.warning("something else")
+    log.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.name == log.name][-1] == "something else"
+    assert "No CUDA" not in caplog.text
 
 
 SYSTEMS = {"recorded", "teacher", "student", "griffin_lim", "whisper"}

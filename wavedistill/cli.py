@@ -186,6 +186,8 @@ def generate(
             raise UserError(f"{shown(path)}: --out {shown(out)} would overwrite this input; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     settle(wanted_threads, loaded.model.networks[0])
+    if fused:
+        note("the networks are compiled first, for half a minute or so")
     failures = []
     for path, target in zip(inputs, outputs, strict=True):
         try:

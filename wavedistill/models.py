@@ -1,5 +1,6 @@
 """Teacher and student: the only place where a network meets a flow."""
 
+import logging
 import math
 import os
 import shutil
@@ -220,11 +221,18 @@ def compiler() -> str | None:
 
 def require_compiler(device: torch.device) -> None:
     """Raise a `RecipeError` if compiling for a device needs a compiler that is not there."""
-    if device.type == "cpu" and compiler() is None:
-        raise RecipeError(
-            "training.compile = true and --fused need a C++ compiler, g++ or the one that CXX names: install one, or "
-            "do without"
-        )
+    if device.type == "cpu":
+        if compiler() is None:
+            raise RecipeError(
+                "training.compile = true and --fused need a C++ compiler, g++ or the one that CXX names: install one, "
+                "or do without"
+            )
+        logging.getLogger("torch.utils.cpp_extension").addFilter(_is_about_us)
+
+
+def _is_about_us(record: logging.LogRecord) -> bool:
+    """Whether a warning is of use to somebody without a GPU, as that of a CUDA without one is not."""
+    return "No CUDA runtime is found" not in record.getMessage()
 
 
 def compile_networks(model: nn.Module) -> None:

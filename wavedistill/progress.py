@@ -5,10 +5,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+if not sys.stderr.isatty():
+    tqdm.monitor_interval = 0  # a thread of its own would draw each bar again without anything new
+
 
 def progress(**options: Any) -> "tqdm[Any]":
     """A `tqdm` bar; the options are tqdm's own."""
-    return tqdm(mininterval=0.5 if sys.stderr.isatty() else 20, dynamic_ncols=True, **options)
+    return tqdm(**{"mininterval": 0.5 if sys.stderr.isatty() else 20, "dynamic_ncols": True, **options})
 
 
 def note(line: str) -> None:

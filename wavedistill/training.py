@@ -102,6 +102,7 @@ def fit(
     learner = Learner(task, recipe, fabric)
     if settings.compile:
         compile_networks(learner.model)
+        note(f"{task.kind}: the networks are compiled first, for a minute or so")
     state = State(learner, fingerprint)
     state.restore(folder, settings.steps)
     wanted = threads if fabric.world_size == 1 else torch.get_num_threads()

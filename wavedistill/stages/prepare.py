@@ -137,6 +137,7 @@ def _prepared(sources: list[Source], recipe: Recipe, folder: Path) -> Iterator[R
         yield from map(one, sources)
         return
     count = _workers([source.path for source in sources if source.path], recipe.audio.sample_rate)
+    note(f"prepare: starting {count} processes")
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_worker) as pool:
         try:
             yield from pool.map(one, sources, chunksize=4)

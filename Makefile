@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-endurance check clean
+.PHONY: demo test test-fast test-endurance test-mutations check clean
 
 demo: $(VENV)/.demo  ## the whole pipeline on speech made on the spot; ends with exp/demo/report.html
 	$(BIN)/wavedistill run recipes/demo.toml
@@ -16,6 +16,9 @@ test-fast: check  ## the same without the tests that train
 
 test-endurance: $(VENV)/.dev  ## a training that is killed a hundred times; minutes
 	$(BIN)/python -m pytest -m endurance
+
+test-mutations: $(VENV)/.dev  ## breaks the program in some fifty ways, and asks whether a test notices; minutes
+	$(BIN)/python -m tests.mutations
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import noise, speech_like
+from wavedistill import linear_prediction
 from wavedistill.audio import LogMel
 from wavedistill.config import Recipe, validate_recipe
 from wavedistill.linear_prediction import (
@@ -180,3 +181,24 @@ def test_its_constants_stay_exact_whatever_the_model_is_cast_to(tiny: Recipe) ->
     for cast in (envelope.float, envelope.half, envelope.bfloat16, lambda: envelope.to(torch.float32)):
         cast()
         assert all(map(torch.equal, envelope(mel), expected))
+
+
+def test_the_autocorrelation_is_windowed_and_whitened_before_a_filter_is_fitted(
+    tiny: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Gaussian of 40 Hz over lags, and noise of one 16-bit step: no peak is sharper, and silence has a filter."""
+    given: list[torch.Tensor] = []
+    fit = linear_prediction.levinson_durbin
+    monkeypatch.setattr(linear_prediction, "levinson_durbin", lambda a: (given.append(a.clone()), fit(a))[1])
+    envelope = LinearPredictionFromMel(tiny.audio, 24)
+    mel = noise(1, tiny.audio.n_mels, 5)
+    envelope(mel)
+    envelope.lag_window.fill_(1)
+    envelope(mel)
+    envelope(mel - 1000)
+    windowed, bare, silent = given
+    lags = torch.arange(25, dtype=torch.float64)
+    gaussian = torch.exp(-0.5 * (2 * math.pi * 40 * lags / tiny.audio.sample_rate) ** 2)
+    torch.testing.assert_close(windowed[..., 1:] / bare[..., 1:], gaussian[1:].expand_as(bare[..., 1:]))
+    torch.testing.assert_close(silent[..., 0], torch.full_like(silent[..., 0], 1 / (12 * 32768**2)))
+    assert not silent[..., 1:].any()

@@ -1,7 +1,7 @@
 """Objectives: agreement with closed forms, exact zeros, and where gradients go."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -186,8 +186,20 @@ def test_log_mel_distance_measures_a_gain_in_nats_in_loud_and_soft_parts_alike(t
 LOSSES = ("kl", "log_scale", "spectral", "log_mel", "contrastive", "x_reconstruction", "z_reconstruction")
 
 
-def distillation(recipe: Recipe, **loss: Any) -> tuple[dict[str, Tensor], WaveformModel]:
-    """The terms of a tiny untrained pair with some weights changed, and the student."""
+class Setting(NamedTuple):
+    """A tiny untrained pair, a batch, and what distils the one from the other."""
+
+    student: WaveformModel
+    teacher: WaveformModel
+    batch: Batch
+    objective: Distillation
+
+    def terms(self) -> dict[str, Tensor]:
+        return self.objective.terms(self.student, self.batch, [random_stream(0, item) for item in range(2)])
+
+
+def setting(recipe: Recipe, **loss: Any) -> Setting:
+    """With some weights of the recipe's changed."""
     changed = recipe.student.loss.model_copy(update=loss)
     recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"loss": changed})})
     student, teacher = (randomise(build(kind, recipe, 0)) for kind in ("student", "teacher"))
@@ -198,7 +210,38 @@ def distillation(recipe: Recipe, **loss: Any) -> tuple[dict[str, Tensor], Wavefo
     batch = Batch(audio[:, context * hop : -context * hop], audio, mel, torch.full((2, mel.shape[2]), 100.0).double())
     objective = Distillation(teacher, recipe)
     objective.filters = {n_fft: filters.double() for n_fft, filters in objective.filters.items()}
-    return objective.terms(student, batch, [random_stream(0, item) for item in range(2)]), student
+    return Setting(student, teacher, batch, objective)
+
+
+def distillation(recipe: Recipe, **loss: Any) -> tuple[dict[str, Tensor], WaveformModel]:
+    """The terms of a tiny untrained pair, and the student."""
+    made = setting(recipe, **loss)
+    return made.terms(), made.student
+
+
+@pytest.mark.parametrize("estimator", ["mc", "closed"])
+def test_a_term_and_its_gradient_are_those_of_its_formula(tiny: Recipe, estimator: str) -> None:
+    """From the log-mel alone, through the teacher to the student's sample; the contrastive one is what is to grow."""
+    made = setting(tiny, kl_estimator=estimator, kl=1.0, contrastive=1.0, spectral=0.0)
+    student, teacher, mel = made.student, made.teacher, made.batch.mel
+    base, length = student.base, made.batch.audio.shape[1]
+    z = torch.stack([base.noise((length,), random_stream(0, item)) for item in range(2)]).double()
+
+    def kl(other: Tensor) -> Tensor:
+        q, p = student.residual(mel), teacher.residual(other)
+        if estimator == "mc":
+            return monte_carlo_kl(q, p, z)[0].mean()
+        x, q_steps = q.rsample_and_conditionals(z)
+        return closed_kl(q_steps, p.conditionals(x)).mean()
+
+    expected = {"kl": kl(mel), "contrastive": -kl(mel.roll(mel.shape[-1] // 2, -1))}
+    found = made.terms()
+    weights = [parameter for _, parameter in density_parameters(student)]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+        gradients = (torch.autograd.grad(term, weights, retain_graph=True) for term in (found[name], value))
+        for given, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(given, wanted)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Scores: exact values where these are known, and the order of better and worse."""
 
 import math
+import sys
 from importlib.metadata import version
+from types import ModuleType
 
 import pytest
 import torch
@@ -139,3 +141,49 @@ def test_mel_cepstral_distortion_hears_the_envelope_and_not_the_level(tiny: Reci
     expected = 10 / math.log(10) * math.sqrt(2 * sum(c**2 for c in cepstrum))
     found = metrics.mel_cepstral_distortion_db(sound, tilted, tiny.audio)
     assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_mel_cepstral_distortion_is_of_speech_and_not_of_its_pauses(tiny: Recipe) -> None:
+    speech, pause = hiss(1.0), torch.zeros(RATE)
+    pause[:] = 1e-5 * buzz(1.0)
+    reference, other = torch.cat([speech, pause]), torch.cat([speech, 1e-5 * hiss(1.0)])
+    assert metrics.mel_cepstral_distortion_db(reference, other, tiny.audio) < 0.2
+
+
+def test_differences_are_those_of_the_synthesis_from_the_reference(tiny: Recipe) -> None:
+    """Half as loud is -6 dB, and a duller sound tilts down."""
+    voice = buzz() + 0.02 * hiss()
+    found = metrics.Scorer(voice, tiny.audio)(0.5 * voice)
+    assert found["level_difference_db"] == pytest.approx(-6.02, abs=0.01)
+    dull = torchaudio.functional.lowpass_biquad(voice, RATE, 1000.0)
+    assert metrics.Scorer(voice, tiny.audio)(dull)["tilt_difference_db"] < -10
+
+
+def test_tilt_divides_at_2_khz() -> None:
+    n = torch.arange(RATE, dtype=torch.float64) / RATE
+    tones = {hertz: torch.sin(2 * math.pi * hertz * n) for hertz in (500, 1900, 2100, 3000)}
+    for hertz in (2100, 3000):
+        assert metrics.tilt_db(tones[500] + 0.1 * tones[hertz], RATE) == pytest.approx(-20, abs=0.01)
+    assert metrics.tilt_db(tones[500] + 0.1 * tones[1900], RATE) < -60
+
+
+def test_pesq_is_given_the_reference_first(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not symmetric: it forgives what is missing sooner than what is added."""
+    given = []
+    module = ModuleType("pesq")
+    module.PesqError = RuntimeError
+    module.pesq = lambda rate, reference, degraded, mode: (given.append((rate, reference, degraded, mode)), 1.0)[1]
+    monkeypatch.setitem(sys.modules, "pesq", module)
+    monkeypatch.setattr(metrics, "pesq_available", lambda: True)
+    voice, other = buzz(), hiss()
+    metrics.Scorer(voice, tiny.audio)(other)
+    ((rate, reference, degraded, mode),) = given
+    assert (rate, mode) == (16000, "wb")
+    assert torch.equal(torch.from_numpy(reference), voice)
+    assert torch.equal(torch.from_numpy(degraded), other)
+
+
+def test_f1_counts_what_is_claimed_as_well_as_what_is_found() -> None:
+    """One of three voiced frames found and nothing claimed beside it: recall 1/3, precision 1."""
+    voiced, found = torch.tensor([100.0, 100, 100, 0]), torch.tensor([100.0, 0, 0, 0])
+    assert metrics.f0_agreement(voiced, found)["vuv_f1"] == pytest.approx(2 * 1 / (3 + 1))

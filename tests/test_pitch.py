@@ -111,3 +111,16 @@ def test_features_are_of_order_one_and_tell_silence_from_the_middle_of_the_range
     predictor = PitchPredictor(SMALL_AUDIO)
     features = predictor.features(torch.tensor([[0.0, 40.0, math.sqrt(4000), 100.0]]))
     torch.testing.assert_close(features[0], torch.tensor([[0.0, 1, 1, 1], [0, -1, 0, 1]]), atol=1e-6, rtol=0)
+
+
+def test_a_second_peak_does_not_pull_f0() -> None:
+    """An octave away it may be nearly as high: F0 is where the highest peak is, not between them."""
+    predictor = PitchPredictor(SMALL_AUDIO, channels=4)
+    head = predictor.layers[-1]
+    torch.nn.init.zeros_(head.weight)
+    with torch.no_grad():
+        head.bias.fill_(-10)
+        head.bias[0] = 1  # voiced
+        head.bias[1 + 12], head.bias[1 + 50] = 5.0, 4.9
+    f0 = predictor(torch.zeros(1, SMALL_AUDIO.n_mels, 1 + 2 * PITCH_CONTEXT))
+    torch.testing.assert_close(f0[0], predictor.centres[12:13].exp(), rtol=0.01, atol=0)

@@ -27,8 +27,8 @@ from wavedistill.losses import negative_log_likelihood
 from wavedistill.models import WaveformModel, build, margin
 from wavedistill.pitch import PitchPredictor
 from wavedistill.sampling import sample
-from wavedistill.tasks import Task
-from wavedistill.training import Learner, Outcome, fit, learning_rate, read_ahead, saved_states, update_average
+from wavedistill.tasks import Task, teacher_task
+from wavedistill.training import Batches, Learner, Outcome, fit, learning_rate, read_ahead, saved_states, update_average
 
 STEPS = 24
 
@@ -310,6 +310,94 @@ def test_reading_ahead_gives_each_step_its_own_batch_and_its_own_error() -> None
     assert read.count(4) == 2, "read ahead, dropped, and read again"
 
 
+def test_the_averaged_weights_are_what_is_validated_and_kept(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validated = []
+    validate = Batches.validate
+
+    def noted(batches: Batches, model: WaveformModel) -> dict[str, float]:
+        validated.append({name: value.clone() for name, value in model.state_dict().items()})
+        return validate(batches, model)
+
+    monkeypatch.setattr(Batches, "validate", noted)
+    assert train("a").step == STEPS, "the last is the best"
+    tensors, _ = checkpoint.load(saved_states(tmp_path / "a")[0])
+    average, raw = ({n.partition(".")[2]: v for n, v in tensors.items() if n.startswith(kind)} for kind in ("av", "mo"))
+    for found in (validated[-1], weights(tmp_path / "a")):
+        assert all(torch.equal(value, average[name]) for name, value in found.items())
+    assert not all(torch.equal(value, raw[name]) for name, value in average.items()), "they differ"
+
+
+def test_what_validates_best_is_kept_and_not_what_comes_last(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after an interruption, since which nothing was better."""
+    objectives = iter([3.0, 1.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(Batches, "validate", lambda batches, model: {"nll": next(objectives), "pitch": 0.0})
+    assert train("a", steps=16).step == 8
+    kept = weights(tmp_path / "a")
+    outcome = train("a", steps=24)
+    assert (outcome.step, outcome.valid["nll"]) == (8, 1.0)
+    assert checkpoint.load_model(tmp_path / "a" / "checkpoint.safetensors").step == 8
+    assert all(torch.equal(value, kept[name]) for name, value in weights(tmp_path / "a").items())
+
+
+def test_no_step_follows_a_gradient_longer_than_the_recipe_allows(
+    train: Train, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, norms = Learner.step, []
+
+    def noted(learner: Learner, parts: Any, number: int) -> tuple[dict[str, Tensor], float]:
+        learner.task = learner.task._replace(settings=learner.task.settings.model_copy(update={"grad_clip": 0.05}))
+        terms, norm = step(learner, parts, number)
+        clipped = nn.utils.get_total_norm([p.grad for n, p in learner.model.named_parameters() if "pitch." not in n])
+        norms.append((norm, float(clipped)))
+        return terms, norm
+
+    monkeypatch.setattr(Learner, "step", noted)
+    train("a", steps=3)
+    assert all(norm > 0.05 for norm, _ in norms), "they are longer"
+    assert all(clipped <= 0.0501 for _, clipped in norms)
+
+
+def test_the_batches_of_a_training_differ_by_step_and_item(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = Learner.step
+
+    def noted(learner: Learner, parts: Any, number: int) -> tuple[dict[str, Tensor], float]:
+        parts = list(parts)
+        seen.extend(item for batch, streams in parts for item in dequantise(batch.audio, streams))
+        return step(learner, [(batch, streams) for batch, streams in parts], number)
+
+    monkeypatch.setattr(Learner, "step", noted)
+    train("a", steps=4)
+    assert len(seen) == 8
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+
+def test_a_likelihood_is_learnt_from_dequantised_audio(
+    tiny: Recipe, tiny_model: Callable[[str], WaveformModel]
+) -> None:
+    """Each item by its own stream; without, the density of 16-bit audio has no bound."""
+    model = tiny_model("teacher")
+    frames = 4 + 2 * model.margin
+    quiet = 1e-3 * torch.stack([speech_like(frames * 200, seed) for seed in range(2)])
+    wide = (quiet * 2**15).round() / 2**15
+    cut = model.margin * 200
+    mel = LogMel(tiny.audio).of_file(wide)
+    batch = Batch(wide[:, cut:-cut], wide, mel, torch.zeros(2, frames))
+    streams = [[random_stream(0, item) for item in range(2)] for _ in range(2)]
+    found = teacher_task(tiny).terms(model, batch, streams[0])["nll"]
+    audio = dequantise(wide, streams[1])
+    residual, ladj = model.analyse(audio, mel)
+    expected = -(model.residual(mel, batch.f0).log_prob_steps(residual) + ladj).mean()
+    torch.testing.assert_close(found, expected)
+    residual, ladj = model.analyse(wide, mel)
+    bare = -(model.residual(mel, batch.f0).log_prob_steps(residual) + ladj).mean()
+    assert abs(bare - expected) > 1e-5
+
+
 def test_average_weighs_the_old_value_with_the_decay() -> None:
     average, model = nn.Linear(1, 1), nn.Linear(1, 1)
     nn.init.ones_(average.weight)
@@ -327,6 +415,7 @@ def test_learning_rate_rises_then_falls(recipe: Recipe) -> None:
     assert rates.index(max(rates)) == 9
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert 0.05 <= rates[99] < 0.06
+    assert rates[50] == pytest.approx(0.05 + 0.95 / 2), "half way at half time"
 
 
 @pytest.mark.parametrize("base", ["normal", "logistic"])

@@ -1,0 +1,167 @@
+"""Breaks the program in many ways, one at a time, and asks whether a test notices: `make test-mutations`.
+
+Each mutation is a snippet that occurs once in a file, what replaces it, and the tests that should fail then. They are
+chosen, not generated: what a careless or a cunning change might do to an equation, a sign, a seed or a file, and what
+nothing else would show. It happens in a copy, never in the checkout.
+"""
+
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutation(NamedTuple):
+    """What is broken, where, how, and by which tests it should be noticed (files or node ids, below `tests/`)."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str
+
+
+def mutations() -> list[Mutation]:
+    """All of them.
+
+    Raises:
+        SystemExit: if a snippet does not occur exactly once: the table is to follow the code.
+    """
+    found = [Mutation(*fields) for fields in TABLE]
+    stale = [
+        f"{m.name}: {count} times in {m.file}: {m.before!r}"
+        for m in found
+        if (count := (ROOT / "wavedistill" / m.file).read_text().count(m.before)) != 1
+    ]
+    if stale:
+        raise SystemExit("snippets that do not occur once:\n" + "\n".join(stale))
+    return found
+
+
+def fails(tree: Path, tests: str) -> str | None:
+    """The first test that fails in a tree; None if all pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *(f"tests/{test}" for test in tests.split())],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return None
+    lines = done.stdout.splitlines()
+    return next((line for line in lines if line.startswith(("FAILED", "ERROR"))), f"exit code {done.returncode}")
+
+
+def main(wanted: list[str]) -> int:
+    """Try the mutations whose names hold one of some words, or all; returns how many no test noticed."""
+    chosen = [m for m in mutations() if not wanted or any(word in m.name for word in wanted)]
+    trees: queue.Queue[Path] = queue.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(os.cpu_count() or 1):
+            tree = Path(folder) / str(number)
+            for part in ("wavedistill", "tests", "recipes", "pyproject.toml", "README.md"):
+                copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+                tree.mkdir(exist_ok=True)
+                copy(ROOT / part, tree / part)
+            trees.put(tree)
+
+        def tried(mutation: Mutation | None) -> str | None:
+            tree = trees.get()
+            try:
+                if mutation is None:  # nothing is broken, and no test may fail
+                    return fails(tree, " ".join(sorted({test for m in chosen for test in m.tests.split()})))
+                path = tree / "wavedistill" / mutation.file
+                whole = path.read_text()
+                path.write_text(whole.replace(mutation.before, mutation.after))
+                try:
+                    return fails(tree, mutation.tests)
+                finally:
+                    path.write_text(whole)
+            finally:
+                trees.put(tree)
+
+        if failed := tried(None):
+            raise SystemExit(f"without any mutation: {failed}")
+        survivors = 0
+        with ThreadPoolExecutor(trees.qsize()) as pool:
+            for mutation, noticed in zip(chosen, pool.map(tried, chosen), strict=True):
+                survivors += noticed is None
+                print(f"{mutation.name}: {noticed or 'SURVIVED'}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} noticed, {survivors} survived")
+    return survivors
+
+
+TABLE = [
+    # What an independent review found that no test noticed.
+    ("teacher at a detached sample", "distillation.py", "p_steps = p.conditionals(residual)", "p_steps = p.conditionals(residual.detach())", "test_losses.py"),
+    ("contrastive sign", "distillation.py", 'found["contrastive"] = -self._kl(', 'found["contrastive"] = self._kl(', "test_losses.py"),
+    ("raw weights saved", "training.py", "weights = self.learner.average.state_dict()", "weights = self.learner.model.state_dict()", "test_training.py"),
+    ("raw weights validated", "training.py", "values = batches.validate(learner.average)", "values = batches.validate(learner.model)", "test_training.py"),
+    ("last kept, not best", "training.py", "if total < self.best_objective:", "if True:", "test_training.py"),
+    ("no clipping", "training.py", "nn.utils.clip_grad_norm_(part, settings.grad_clip)", "nn.utils.clip_grad_norm_(part, 1e9)", "test_training.py"),
+    ("cosine a step late", "training.py", "math.pi * step / settings.steps", "math.pi * (step - 1) / settings.steps", "test_training.py"),
+    ("MCD over all frames", "metrics.py", "distance[loudness > loudness.max() * 1e-4]", "distance", "test_metrics.py"),
+    ("level difference reversed", "metrics.py", "rms_db(synthesised) - rms_db(reference)", "rms_db(reference) - rms_db(synthesised)", "test_metrics.py"),
+    ("tilt split at 4 kHz", "metrics.py", "round(2000 / sample_rate", "round(4000 / sample_rate", "test_metrics.py"),
+    ("PESQ arguments swapped", "metrics.py", "for a in (reference, synthesised))", "for a in (synthesised, reference))", "test_metrics.py"),
+    ("F1 as recall", "metrics.py", "total = int(voiced.sum() + claimed.sum())", "total = 2 * int(voiced.sum())", "test_metrics.py"),
+    ("F0 by all bins", "pitch.py", "near = bins.masked_fill((number - peak).abs() > 2, -math.inf).softmax(1)", "near = bins.softmax(1)", "test_pitch.py"),
+    ("no lag window", "linear_prediction.py", "[..., : self.order + 1] * self.lag_window", "[..., : self.order + 1]", "test_linear_prediction.py"),
+    ("gain left on", "cli.py", "block = block[0].cpu() / gain", "block = block[0].cpu()", "test_generate.py"),
+    ("likelihood without dequantisation", "tasks.py", "model.analyse(dequantise(batch.with_margins, streams), batch.mel)", "model.analyse(batch.with_margins, batch.mel)", "test_training.py"),
+    ("likelihood of the test split without dequantisation", "stages/evaluate.py", "noisy = dequantise(clip[None].to(device), [random_stream(recipe.seed, DEQUANTISE, i)])", "noisy = clip[None].to(device)", "test_evaluate.py"),
+    ("unweighted mean over clips", "stages/evaluate.py", "(torch.tensor(each, dtype=torch.float64) * lengths).sum() / lengths.sum()", "torch.tensor(each, dtype=torch.float64).mean()", "test_evaluate.py"),
+    # Flows and the network.
+    ("ladj of an affine step", "flows.py", "return shift + log_scale.exp() * z, log_scale", "return shift + log_scale.exp() * z, -log_scale", "test_flows.py"),
+    ("composition in one order", "flows.py", "for part, own in reversed(self.conditioned(context)):", "for part, own in self.conditioned(context):", "test_flows.py"),
+    ("no causal shift", "wavenet.py", "torch.cat([before, x[:, : length - 1]], 1)", "x", "test_wavenet.py"),
+    ("state of a block too long", "wavenet.py", "state.advance(length)", "state.advance(length - 1)", "test_wavenet.py test_sampling.py"),
+    ("mixture's second tail", "flows.py", "return below - above, log_density - below - above", "return below - above, log_density - below", "test_flows.py"),
+    ("bound of log_scale is hard", "models.py", "return self.min_log_scale + F.softplus(raw - self.min_log_scale)", "return raw.clamp_min(self.min_log_scale)", "test_training.py"),
+    ("margin too small", "models.py", "self.margin = encoder.context + (0 if pitch is None else PITCH_CONTEXT)", "self.margin = encoder.context + (0 if pitch is None else PITCH_CONTEXT - 1)", "test_flows.py"),
+    # Linear prediction, F0 and its source.
+    ("linear prediction without its noise", "linear_prediction.py", "autocorrelation[..., 0] += 1 / (12 * PCM16_STEPS**2)", "pass", "test_linear_prediction.py"),
+    ("gain of linear prediction", "linear_prediction.py", "self.power_scale = float(4 / torch.pi / window_power)", "self.power_scale = float(1 / window_power)", "test_linear_prediction.py"),
+    ("transposed filter", "linear_prediction.py", "x[b, t - 1 - k] += a[b, t // hop, k] * x[b, t]", "x[b, t - 1 - k] += a[b, (t - 1) // hop, k] * x[b, t]", "test_linear_prediction.py"),
+    ("phase forgotten between blocks", "sampling.py", "context, self._phase = model.context(mel, phase=self._phase)", "context, _ = model.context(mel, phase=self._phase)", "test_sampling.py"),
+    ("pulse train of one harmonic more", "pitch.py", "harmonics = (self.sample_rate / 2 / hertz.clamp_min(1)).floor().clamp_min(1)", "harmonics = (self.sample_rate / 2 / hertz.clamp_min(1)).floor().clamp_min(1) + 1", "test_pitch.py"),
+    # Losses and distillation.
+    ("KL of the other direction", "losses.py", "return 0.5 * ((2 * log_ratio).exp() - 1 + difference.square()) - log_ratio", "return 0.5 * ((-2 * log_ratio).exp() - 1 + difference.square()) + log_ratio", "test_losses.py"),
+    ("spectral distance of powers", "losses.py", "difference = (magnitude_x - magnitude_y).abs().sum((1, 2))", "difference = (magnitude_x.square() - magnitude_y.square()).abs().sum((1, 2))", "test_losses.py"),
+    ("rectangular window", "losses.py", "window = torch.hann_window(n_fft, device=audio.device, dtype=audio.dtype)", "window = torch.ones(n_fft, device=audio.device, dtype=audio.dtype)", "test_losses.py"),
+    ("F0 tracked where it is predicted", "distillation.py", "q, p = (model.residual(batch.mel) for model in (student, self.teacher))", "q, p = (model.residual(batch.mel, batch.f0) for model in (student, self.teacher))", "test_losses.py"),
+    ("our own model taken for the recipe's", "experiment.py", "return lambda mel: density(mel)", "return density", "test_own_teacher.py::test_a_model_of_this_package_is_a_density_like_any_other"),
+    # Training and its state.
+    ("average inverted", "training.py", "move = get_ema_multi_avg_fn(decay)", "move = get_ema_multi_avg_fn(1 - decay)", "test_training.py"),
+    ("average lost on resume", "training.py", 'self.learner.average.load_state_dict(parts["average"])', 'self.learner.average.load_state_dict(parts["model"])', "test_training.py"),
+    ("best forgotten on resume", "training.py", "self.best_step, self.best_objective, self.best_valid = header.best", "self.best_step = header.best[0]", "test_training.py"),
+    ("one stream for all items", "training.py", "return [random_stream(self.recipe.seed, purpose, number, item) for item in items]", "return [random_stream(self.recipe.seed, purpose, number, 0) for item in items]", "test_training.py"),
+    ("one batch for all steps", "training.py", "return list(self._parts(self.train, TRAIN, step))", "return list(self._parts(self.train, TRAIN, 0))", "test_training.py"),
+    ("steps that are not finite are taken", "training.py", "if not math.isfinite(norm + sum(predictor_norm)):", "if False:", "test_training.py"),
+    ("warm-up forgotten", "training.py", "warmup = min(1.0, (step + 1) / (settings.warmup_steps + 1))", "warmup = 1.0", "test_training.py"),
+    # Data, files and scores.
+    ("dequantised by two steps", "data.py", "return audio + noise.to(audio.device) / PCM16_STEPS", "return audio + 2 * noise.to(audio.device) / PCM16_STEPS", "test_audio.py"),
+    ("crop a sample late", "data.py", "start = first * self.hop_length - around", "start = first * self.hop_length - around + 1", "test_audio.py"),
+    ("log-mel of powers", "audio.py", "power=1.0, center=False", "power=2.0, center=False", "test_audio.py test_metrics.py test_linear_prediction.py"),
+    ("a level of the peak", "audio.py", "return min(10 ** ((level_db - rms_db(audio)) / 20), 0.95 / peak)", "return 10 ** ((level_db - rms_db(audio)) / 20)", "test_audio.py"),
+    ("STFT bits for nats", "metrics.py", "return 15 + nll_nats / math.log(2)", "return 16 + nll_nats / math.log(2)", "test_metrics.py"),
+    ("a gate that compares with the worst", "verdict.py", "best = max(others, key=lambda system: sign * others[system])", "best = min(others, key=lambda system: sign * others[system])", "test_cli.py::test_a_student_is_compared_with_the_best_that_needs_no_training"),
+    ("a gate on the mean difference", "verdict.py", "None if (value := clip[name]) is None else abs(value)", "None if (value := clip[name]) is None else value", "test_cli.py::test_each_gate_catches_its_own_fault"),
+    ("another utterance's log-mel is the own", "stages/evaluate.py", "other = mels[i - 1].repeat", "other = mels[i].repeat", "test_evaluate.py"),
+    ("a file is written in place", "files.py", "partial.replace(path)", "path.write_bytes(partial.read_bytes())", "test_checkpoint.py test_storage.py test_faults.py::test_a_second_process_in_the_same_folder_is_refused"),
+    ("any version of a checkpoint", "checkpoint.py", "if version != VERSION:", "if False:", "test_checkpoint.py"),
+    ("a stale table is current", "stages/report.py", 'all(row["of"] == of for row in table["rows"])', "True", "test_report.py"),
+]  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(min(main(sys.argv[1:]), 1))

@@ -155,7 +155,7 @@ def generate(
         float, typer.Option(min=0, help="Scale of the noise; below 1 is cleaner and less varied.")
     ] = 1.0,
     fused: Annotated[
-        bool, typer.Option("--fused", help="Compile a student first: half as fast again on a CPU, after half a minute.")
+        bool, typer.Option("--fused", help="Compile a student first, half a minute: faster on most CPUs.")
     ] = False,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="A student's networks in bfloat16, for GPUs that are faster at it.")

@@ -212,7 +212,7 @@ class Training(Section):
     grad_clip: PositiveFloat
     """Largest norm of the gradient."""
     compile: bool
-    """Whether to compile the networks first, for a minute: 1.2 to 1.7 times as fast on the CPUs tried; needs a C++ compiler."""
+    """Whether to compile the networks first, for a minute: 1.2 to 1.7 times the pace on a CPU; needs a C++ compiler."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
     """Decay of the moving average of the weights; the average is what is validated and kept."""
     validate_every: PositiveInt

@@ -197,7 +197,8 @@ from wavedistill.sampling import stream
 torch.set_num_threads(1)
 recipe = load_recipe(Path(sys.argv[1]))
 model, generator = build("student", recipe, 0), random_stream(0)
-pieces = (torch.full((1, recipe.audio.n_mels, 8), -5.0) for _ in range(int(sys.argv[2])))
+lengths = [8] * int(sys.argv[2]) + [2 * model.margin]
+pieces = (torch.full((1, recipe.audio.n_mels, length), -5.0) for length in lengths)
 count = sum(block.shape[1] for block in stream(model, pieces, lambda n: model.base.noise((1, n), generator)))
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
 print(count, peak.split()[1])

@@ -146,6 +146,8 @@ def test_what_others_use_is_seen_and_what_we_use_is_not() -> None:
         beside.append(so_far())
         neighbour.kill()
         neighbour.wait()
+    if max(alone) > 0.5:
+        pytest.skip("other programs are at work already, and one more makes no difference")
     assert min(beside) - min(alone) > 0.3
 
 

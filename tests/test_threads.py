@@ -80,10 +80,18 @@ def busy_neighbours() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core has one thread")
 def test_a_busy_neighbour_does_not_halt_threads_that_wait_for_each_other() -> None:
-    """Spinning, all cores take many times as long as one."""
+    """Beside busy processes, all cores take longer over one's time by spinning than they do by our default."""
     cores = os.cpu_count() or 1
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
     command = [sys.executable, "-c", RATIO, str(RECIPES / "demo.toml"), str(cores)]
+
+    def ratio(**policy: str) -> float:
+        env = {**kept, **policy}
+        done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
     with busy_neighbours():
-        done = subprocess.run(command, cwd=REPOSITORY, env=kept, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.5
+        found = []
+        while len(found) < 3 and not (found and found[-1][0] < 0.8 * found[-1][1]):  # a moment may be unlike others
+            found.append((ratio(), ratio(OMP_WAIT_POLICY="ACTIVE")))
+    assert found[-1][0] < 0.8 * found[-1][1], found

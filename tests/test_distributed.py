@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_fabric.strategies.ddp import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer import BadParameter
 
@@ -197,7 +198,10 @@ def test_each_process_of_a_machine_takes_a_gpu_and_finds_it_again(monkeypatch: p
         monkeypatch.setenv(name, str(value))
     for device in ("cuda", "cuda:1"):
         launch(torch.device(device))
-    assert asked == [{"accelerator": "cuda", "strategy": "ddp", "devices": 2, "num_nodes": 2}] * 2
+    strategies = [options.pop("strategy") for options in asked]
+    assert asked == [{"accelerator": "cuda", "devices": 2, "num_nodes": 2}] * 2
+    assert all(isinstance(strategy, DDPStrategy) for strategy in strategies)
+    assert all(not strategy._ddp_kwargs["broadcast_buffers"] for strategy in strategies), "they are constants"
     with pytest.raises(BadParameter, match="try cuda"):
         _device("cuda:1")
 

@@ -32,12 +32,13 @@ def test_what_was_begun_goes_on_with_its_number(monkeypatch: pytest.MonkeyPatch)
     """Unless there are fewer cores now, or another number is asked for."""
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("wavedistill.threads.fastest", lambda work, numbers: (work(), numbers[-1])[1])
+    monkeypatch.setattr("wavedistill.threads.CORES", 4)
     net = small_wavenet(source_channels=2)
-    torch.set_num_threads(4)
     assert settle(None, net, before=3) == torch.get_num_threads() == 3
-    torch.set_num_threads(4)
     assert settle(None, net, backward=True, before=16) == 4
     assert settle(2, net, before=3) == torch.get_num_threads() == 2
+    assert settle(None, net) == 4, "fewer threads of an earlier stage are no fewer cores"
+    torch.set_num_threads(2)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert settle(None, net, before=1) == 2, "who sets the variable has decided"
 

@@ -14,6 +14,9 @@ import torch
 from wavedistill.progress import note
 from wavedistill.wavenet import WaveNet
 
+CORES = torch.get_num_threads()
+"""What a process may use: torch's own choice, before a stage settles on fewer for what it computes."""
+
 ROUNDS = 4
 STEPS = 4000
 """Of the network that is timed, about: as long as what is computed at once."""
@@ -29,11 +32,10 @@ def settle(wanted: int | None, net: WaveNet, *, backward: bool = False, before: 
         before: the number that what goes on was begun with, which is kept if there are as many cores: results are equal
             to the last bit for one number of threads only.
     """
-    cores = torch.get_num_threads()
-    if wanted is None and net.input.weight.device.type == "cpu" and cores > 1 and "OMP_NUM_THREADS" not in os.environ:
-        wanted = before if before and before <= cores else fastest(lambda: _compute(net, backward), [1, cores])
+    if wanted is None and net.input.weight.device.type == "cpu" and CORES > 1 and "OMP_NUM_THREADS" not in os.environ:
+        wanted = before if before and before <= CORES else fastest(lambda: _compute(net, backward), [1, CORES])
         note(
-            f"computing with {wanted} of {cores} threads: {'as before' if wanted == before else 'the faster just now'}"
+            f"computing with {wanted} of {CORES} threads: {'as before' if wanted == before else 'the faster just now'}"
         )
     if wanted is not None:
         torch.set_num_threads(wanted)

@@ -105,7 +105,7 @@ def fit(
         note(f"{task.kind}: the networks are compiled first, for a minute or so")
     state = State(learner, fingerprint)
     state.restore(folder, settings.steps)
-    wanted = threads if fabric.world_size == 1 else torch.get_num_threads()
+    wanted = threads if threads or fabric.world_size == 1 else torch.get_num_threads()
     state.threads = settle(wanted, learner.model.networks[0], backward=True, before=state.threads)
     heard = batches.heard()
     started, first_step = time.monotonic(), state.step

@@ -221,3 +221,11 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tiny: Recipe, tmp_path: Pa
     nothing = Manifest(audio=tiny.audio, utterances=[])
     with pytest.raises(RecipeError, match=r"teacher\.training\.batch_size = 3: cannot .* for instance batch_size = 4"):
         Batches(teacher_task(recipe), nothing, tmp_path, recipe, launch(torch.device("cpu")))
+
+
+def test_all_in_float32_is_no_tensorfloat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's convolutions would round to ten bits by default, and its products where somebody has said so."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    launch(torch.device("cpu"))
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -13,7 +13,7 @@ from tests.conftest import noise, randomise, small_mel, small_model
 from tests.test_flows import constant_flow
 from wavedistill.audio import LogMel
 from wavedistill.config import Recipe
-from wavedistill.data import Batch, random_stream
+from wavedistill.data import Batch, dequantise, random_stream
 from wavedistill.distillation import Distillation
 from wavedistill.flows import (
     Affine,
@@ -275,3 +275,56 @@ def test_reconstruction_is_exact_for_a_student_that_is_its_teacher(tiny: Recipe)
     terms = Distillation(teacher, recipe).terms(student, batch, [random_stream(0)])
     for name in ("kl", "x_reconstruction", "z_reconstruction"):
         assert terms[name].abs() < 1e-3, name  # the soft bound of each flow adds a hundredth to its log-scale
+
+
+def test_every_resolution_counts_alike() -> None:
+    """As torch's transform has them, whatever the order in which they are named."""
+    x, y = noise(2, 400), noise(2, 400, seed=1)
+    each = []
+    for n_fft in (32, 64, 128):
+        window = torch.hann_window(n_fft).double()
+        spectra = (
+            torch.stft(a, n_fft, n_fft // 4, window=window, center=False, return_complex=True).abs() for a in (x, y)
+        )
+        first, second = spectra
+        each.append((first - second).abs().sum((1, 2)) / second.sum((1, 2)))
+    torch.testing.assert_close(spectral_distance(x, y, [32, 64, 128]), torch.stack(each).mean(0))
+    torch.testing.assert_close(spectral_distance(x, y, [128, 32, 64]), torch.stack(each).mean(0))
+
+
+def test_draws_of_every_step_are_their_own_and_each_item_s(tiny: Recipe) -> None:
+    """`mc-k`: k draws beside that of the sample, from the item's own stream, after it."""
+    made = setting(tiny, kl_estimator="mc-k", kl_draws=3, kl=1.0, spectral=0.0)
+    length = made.batch.audio.shape[1]
+    streams = [random_stream(0, item) for item in range(2)]
+    base = made.student.base
+    sample, draws = (
+        torch.stack([base.noise(shape, stream) for stream in streams]).double() for shape in ((length,), (3, length))
+    )
+    assert all(not torch.equal(draws[:, i], draws[:, j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    x, q = made.student.residual(made.batch.mel).rsample_and_conditionals(sample)
+    p = made.teacher.residual(made.batch.mel).conditionals(x)
+    expected = torch.stack([q.log_prob(at) - p.log_prob(at) for at in (q.rsample(draw) for draw in draws.unbind(1))])
+    torch.testing.assert_close(made.terms()["kl"], expected.mean())
+
+
+def test_a_recording_comes_back_as_it_is_analysed_with_what_lies_before_it(tiny: Recipe) -> None:
+    """The terms of reconstruction, from the noise that the teacher sees in the recording, and from the student's."""
+    made = setting(tiny, kl_estimator="closed", x_reconstruction=1.0, z_reconstruction=1.0, spectral=0.0)
+    batch, streams = made.batch, [random_stream(0, item) for item in range(2)]
+    length, around = batch.audio.shape[1], (batch.with_margins.shape[1] - batch.audio.shape[1]) // 2
+    z = torch.stack([made.student.base.noise((length,), stream) for stream in streams]).double()
+    q, p = (model.residual(batch.mel) for model in (made.student, made.teacher))
+    found = made.terms()
+    x, _ = q.rsample_and_log_prob(z)
+    torch.testing.assert_close(found["z_reconstruction"], (p.conditionals(x).noise(x) - z).square().mean())
+    heard = dequantise(batch.with_margins, streams)
+    coefficients, log_gain = made.teacher.shared_context(batch.mel)
+    frames = torch.arange(length) // tiny.audio.hop_length
+    predicted = sum(
+        coefficients[:, frames, k] * heard[:, around - 1 - k : around - 1 - k + length]
+        for k in range(coefficients.shape[-1])
+    )
+    recorded = (heard[:, around : around + length] - predicted) * (-log_gain[:, frames]).exp()
+    rebuilt, _ = q.transform(p.conditionals(recorded).noise(recorded), q.context)
+    torch.testing.assert_close(found["x_reconstruction"], (rebuilt - recorded).square().mean())

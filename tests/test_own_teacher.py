@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import HEARD, REPOSITORY, noise, write_voice
+from tests.conftest import HEARD, REPOSITORY, noise, randomise, write_voice
 from tests.test_audio import corpus
 from tests.test_losses import density_parameters
 from wavedistill.audio import LogMel
@@ -278,3 +278,18 @@ def test_a_checkpoint_brings_no_code(tmp_path: Path, own: dict[str, Any], monkey
     assert "planted" not in sys.modules
     __import__("planted")
     assert (tmp_path / "ran").exists(), "the trap works"
+
+
+def test_beside_a_mere_density_the_student_is_given_f0_as_it_was_tracked(tiny_data: dict[str, Any]) -> None:
+    tiny_data["student"]["loss"].update(kl_estimator="mc", spectral=0.0)
+    recipe = validate_recipe(tiny_data, "tiny.toml")
+    student, teacher = (randomise(build(kind, recipe, 0)) for kind in ("student", "teacher"))
+    mel = noise(1, recipe.audio.n_mels, 12 + 2 * student.margin) - 5
+    tracked = torch.full((1, mel.shape[2]), 100.0).double()
+    audio = noise(1, 12 * recipe.audio.hop_length)
+    objective = DistillationFromDensity(teacher, recipe, audio.device)
+    found = objective.terms(student, Batch(audio, audio, mel, tracked), [random_stream(0)])
+    z = student.base.noise(tuple(audio.shape), random_stream(0)).double()
+    by_tracked, by_predicted = (monte_carlo_kl(student(mel, f0), teacher(mel), z)[0][0] for f0 in (tracked, None))
+    torch.testing.assert_close(found["kl"], by_tracked)
+    assert (by_tracked - by_predicted).abs() > 1e-3

@@ -124,3 +124,31 @@ def test_a_second_peak_does_not_pull_f0() -> None:
         head.bias[1 + 12], head.bias[1 + 50] = 5.0, 4.9
     f0 = predictor(torch.zeros(1, SMALL_AUDIO.n_mels, 1 + 2 * PITCH_CONTEXT))
     torch.testing.assert_close(f0[0], predictor.centres[12:13].exp(), rtol=0.01, atol=0)
+
+
+def test_f0_lies_between_bins_and_at_the_highest_peak_alone() -> None:
+    """Two equal neighbours: their geometric mean. A peak three bins off has no part in it."""
+    predictor = PitchPredictor(SMALL_AUDIO, channels=4)
+    head = predictor.layers[-1]
+    torch.nn.init.zeros_(head.weight)
+    with torch.no_grad():
+        head.bias.fill_(-30)
+        head.bias[0] = 1  # voiced
+        head.bias[1 + 12], head.bias[1 + 13], head.bias[1 + 16] = 5.0, 5.0, 4.9
+    f0 = predictor(torch.zeros(1, SMALL_AUDIO.n_mels, 1 + 2 * PITCH_CONTEXT))
+    torch.testing.assert_close(f0[0], predictor.centres[12:14].mean()[None].exp(), rtol=1e-4, atol=0)
+
+
+def test_voicing_is_learnt_everywhere_and_height_where_there_is_a_voice() -> None:
+    predictor = PitchPredictor(SMALL_AUDIO, channels=4)
+    mel = torch.randn(1, SMALL_AUDIO.n_mels, 3 + 2 * PITCH_CONTEXT, generator=torch.Generator().manual_seed(0))
+
+    def gradients(f0: float) -> torch.Tensor:
+        """Of the head's biases, voicing first, where all frames have one F0."""
+        loss = predictor.loss(mel, torch.full((1, 3 + 2 * PITCH_CONTEXT), f0))
+        return torch.autograd.grad(loss, predictor.layers[-1].bias)[0]
+
+    silent, voiced = gradients(0.0), gradients(60.0)
+    assert silent[0] > 0 > voiced[0]
+    assert not silent[1:].any()
+    assert voiced[1:].argmin() == (predictor.centres.exp() - 60).abs().argmin(), "what is to rise"

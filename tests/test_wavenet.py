@@ -131,3 +131,25 @@ def test_flops_are_those_that_torch_counts() -> None:
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.no_grad():
         net(noise(1, length), noise(1, length // net.repeat, 3), noise(1, length, 2))
     assert net.flops_per_sample * length == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kernel_size", [2, 3])
+@torch.no_grad()
+def test_it_is_the_stack_of_the_paper(kernel_size: int) -> None:
+    """Convolutions of torch, tanh and sigmoid, each where van den Oord et al. put it; every layer's skip counts."""
+    net, repeat = small_wavenet(kernel_size=kernel_size, source_channels=2), 4
+    x, features, source = noise(2, 40), noise(2, 10, 3), noise(2, 40, 2, seed=1)
+    before = torch.cat([torch.zeros(2, 1).double(), x[:, :-1]], 1)
+    h = (torch.cat([before[..., None], source], -1) @ net.input.weight.T + net.input.bias).mT  # (B, C, T)
+    context = (features @ net.context.weight.T + net.context.bias).repeat_interleave(repeat, 1).mT
+    skips = torch.zeros(2, 5, 40).double()
+    for i, (gates, outputs, own) in enumerate(zip(net.gates, net.outputs, context.chunk(4, 1), strict=True)):
+        taps = gates.weight.view(12, kernel_size, 6).mT  # of a convolution: (out, in, taps), the oldest first
+        padded = nn.functional.pad(h, ((kernel_size - 1) * net.dilations[i], 0))
+        filtered, gate = (nn.functional.conv1d(padded, taps, gates.bias, dilation=net.dilations[i]) + own).chunk(2, 1)
+        out = nn.functional.conv1d(filtered.tanh() * gate.sigmoid(), outputs.weight[..., None], outputs.bias)
+        skips += out[:, :5]
+        if i < 3:
+            h = h + out[:, 5:]
+    hidden = ((skips / 2).relu().mT @ net.hidden.weight.T + net.hidden.bias).relu()
+    torch.testing.assert_close(net(x, features, source), hidden @ net.head.weight.T + net.head.bias)

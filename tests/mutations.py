@@ -182,6 +182,17 @@ TABLE = [
     ("a file is written in place", "files.py", "partial.replace(path)", "path.write_bytes(partial.read_bytes())", "test_checkpoint.py test_storage.py test_faults.py::test_a_second_process_in_the_same_folder_is_refused"),
     ("any version of a checkpoint", "checkpoint.py", "if version != VERSION:", "if False:", "test_checkpoint.py"),
     ("a stale table is current", "stages/report.py", 'all(row["of"] == of for row in table["rows"])', "True", "test_report.py"),
+    # Written after the tests, to see what else they do not see.
+    ("contrast with the same place", "distillation.py", "return mel.roll(mel.shape[-1] // 2, -1)", "return mel", "test_losses.py"),
+    ("temperature forgotten", "cli.py", ".to(device).mul_(temperature)", ".to(device)", "test_generate.py test_cli.py::test_generate_speaks_from_audio_and_from_log_mels"),
+    ("streams that trailing zeros do not tell apart", "data.py", "SeedSequence([len(entropy), *entropy])", "SeedSequence([*entropy])", "test_audio.py test_training.py"),
+    ("F0 beyond the file", "data.py", "[frames.clamp(0, utterance.frames - 1)] * inside[-1]", "[frames.clamp(0, utterance.frames - 1)]", "test_audio.py test_flows.py"),
+    ("every utterance as likely", "data.py", "np.cumsum([u.frames - frames + 1 for u in self.utterances])", "np.cumsum([1 for u in self.utterances])", "test_audio.py test_training.py"),
+    ("quantile of the normal mirrored", "flows.py", "* -logit.sign()", "* logit.sign()", "test_flows.py"),
+    ("no silence around a file", "audio.py", "return self(audio).masked_fill(~inside[:, None], LOG_MEL_FLOOR)", "return self(audio)", "test_audio.py"),
+    ("another clip's linear prediction", "stages/evaluate.py", "teacher.synthesised(teacher.residual(other), mel)", "teacher(other)", "test_evaluate.py"),
+    ("trained where untrained is said", "stages/evaluate.py", '("student_kl_before_training", untrained_student, 1)', '("student_kl_before_training", student, 1)', "test_evaluate.py"),
+    ("a young average as slow as an old one", "training.py", "decay = min(decay, step / (step + 10))", "pass", "test_training.py"),
 ]  # fmt: skip
 
 if __name__ == "__main__":

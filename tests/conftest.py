@@ -11,13 +11,13 @@ import soundfile
 import torch
 from torch import nn
 
-from wavedistill.config import Audio, Recipe, validate_recipe
-from wavedistill.data import Heard
-from wavedistill.flows import Affine, Autoregressive, StandardNormal
-from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel
-from wavedistill.models import ConditionerNetwork, WaveformModel, build
-from wavedistill.pitch import PITCH_CHANNELS, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
-from wavedistill.wavenet import MelEncoder, WaveNet
+from wavedistill.corpus.data import Heard
+from wavedistill.flows.flows import Affine, Autoregressive, StandardNormal
+from wavedistill.models.models import ConditionerNetwork, WaveformModel, build
+from wavedistill.networks.wavenet import MelEncoder, WaveNet
+from wavedistill.recipe.config import Audio, Recipe, validate_recipe
+from wavedistill.speech.linear_prediction import LinearPrediction, LinearPredictionFromMel
+from wavedistill.speech.pitch import PITCH_CHANNELS, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
 
 # Threads are not measured: the fastest of one moment need not be that of the next, and results are compared bit by bit.
 os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))

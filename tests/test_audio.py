@@ -8,10 +8,11 @@ import soundfile
 import torch
 
 from tests.conftest import speech_like
-from wavedistill import audio, recordings
-from wavedistill.config import Recipe
-from wavedistill.data import Manifest, Part, Segments, Utterance, dequantise, random_stream, read_samples
-from wavedistill.errors import AudioError, CorpusError
+from wavedistill.corpus import recordings
+from wavedistill.corpus.data import Manifest, Part, Segments, Utterance, dequantise, random_stream, read_samples
+from wavedistill.recipe.config import Recipe
+from wavedistill.speech import audio
+from wavedistill.tools.errors import AudioError, CorpusError
 
 
 def corpus(folder: Path, recipe: Recipe, frames: list[int]) -> Manifest:
@@ -35,7 +36,7 @@ def test_frame_k_of_a_crop_is_frame_k_of_the_file(
     context, frames = 3, 10
     manifest = corpus(tmp_path / "audio", tiny, [40])
     segments = Segments(manifest, tmp_path / "audio", "train", frames=frames, margin=context)
-    monkeypatch.setattr("wavedistill.data.read_samples", lambda *place: read_samples(*place).double())
+    monkeypatch.setattr("wavedistill.corpus.data.read_samples", lambda *place: read_samples(*place).double())
     segments.log_mel.double()
     samples, _ = soundfile.read(tmp_path / "audio" / "0.wav")
     wave = torch.from_numpy(samples)[None]

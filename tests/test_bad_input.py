@@ -17,11 +17,11 @@ import torch
 from filelock import FileLock
 
 from tests.conftest import RECIPES, speech_like
-from wavedistill import checkpoint
 from wavedistill.cli import main
-from wavedistill.config import NanottsCorpus, load_recipe
-from wavedistill.recordings import KINDS
-from wavedistill.training import saved_states
+from wavedistill.corpus.recordings import KINDS
+from wavedistill.models import checkpoint
+from wavedistill.recipe.config import NanottsCorpus, load_recipe
+from wavedistill.training.training import saved_states
 
 SMALL = {"teacher.layers": 2, "student.flow_layers": [2], "prepare.min_seconds": 0.5}
 for _kind in ("teacher", "student"):

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from wavedistill.config import Recipe, validate_recipe
-from wavedistill.machine import watch_others
-from wavedistill.models import WaveformModel, compiler
+from wavedistill.models.models import WaveformModel, compiler
+from wavedistill.recipe.config import Recipe, validate_recipe
 from wavedistill.stages import benchmark
 from wavedistill.stages.benchmark import crossovers, disturbance, jobs, quartiles, sized_jobs, summarise
 from wavedistill.stages.report import crossover_plot, speed_plot
+from wavedistill.tools.machine import watch_others
 
 CPU = torch.device("cpu")
 

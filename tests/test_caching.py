@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from wavedistill.caching import cache_compiled_code
+from wavedistill.tools.caching import cache_compiled_code
 
 NOWHERE = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null"}
 COMPILE = """

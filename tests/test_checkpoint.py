@@ -14,10 +14,10 @@ import safetensors.torch
 import torch
 
 from tests.conftest import HEARD
-from wavedistill import checkpoint
-from wavedistill.config import Recipe
-from wavedistill.errors import CheckpointError
-from wavedistill.models import WaveformModel
+from wavedistill.models import checkpoint
+from wavedistill.models.models import WaveformModel
+from wavedistill.recipe.config import Recipe
+from wavedistill.tools.errors import CheckpointError
 
 
 def test_a_model_comes_back_with_its_recipe(
@@ -155,8 +155,8 @@ def test_a_file_is_read_whatever_the_length_of_its_header(tmp_path: Path) -> Non
 FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
-from wavedistill import checkpoint
-from wavedistill.errors import CheckpointError
+from wavedistill.models import checkpoint
+from wavedistill.tools.errors import CheckpointError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     checkpoint.save(Path(sys.argv[1]), {"a": torch.zeros(10**6)}, {})

@@ -16,15 +16,15 @@ import soundfile
 import torch
 
 from tests.conftest import RECIPES, REPOSITORY, speech_like
-from wavedistill.audio import LogMel
-from wavedistill.checkpoint import load_model
 from wavedistill.cli import main
-from wavedistill.config import Gates, load_recipe
-from wavedistill.experiment import Experiment, run_stage
-from wavedistill.models import compiler, require_compiler
+from wavedistill.evaluation.verdict import Scores, against_untrained, gates, in_words
+from wavedistill.experiment.experiment import Experiment, run_stage
+from wavedistill.models.checkpoint import load_model
+from wavedistill.models.models import compiler, require_compiler
+from wavedistill.recipe.config import Gates, load_recipe
+from wavedistill.speech.audio import LogMel
 from wavedistill.stages import STAGES, benchmark
-from wavedistill.training import saved_states
-from wavedistill.verdict import Scores, against_untrained, gates, in_words
+from wavedistill.training.training import saved_states
 
 TINY = str(RECIPES / "tiny.toml")
 
@@ -52,7 +52,7 @@ def test_a_bar_in_a_log_file_is_drawn_only_where_something_is_new() -> None:
     """tqdm's monitor draws bars again whose last step was long ago."""
     script = (
         "import time; from tqdm import tqdm; tqdm.monitor_interval = min(tqdm.monitor_interval, 0.1)\n"
-        "from wavedistill.progress import progress; bar = progress(total=2, mininterval=0.1)\n"
+        "from wavedistill.tools.progress import progress; bar = progress(total=2, mininterval=0.1)\n"
         "bar.update(); time.sleep(2); bar.update(); bar.close()"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)

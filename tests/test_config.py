@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from tests.conftest import RECIPES
-from wavedistill.config import Recipe, load_recipe, validate_recipe
-from wavedistill.errors import RecipeError
+from wavedistill.recipe.config import Recipe, load_recipe, validate_recipe
+from wavedistill.tools.errors import RecipeError
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)

@@ -17,18 +17,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer import BadParameter
 
 from tests.conftest import RECIPES, REPOSITORY, write_voice
-from wavedistill import checkpoint
 from wavedistill.cli import _device, main
-from wavedistill.config import Recipe
-from wavedistill.data import Manifest
-from wavedistill.engine import launch
-from wavedistill.errors import RecipeError, UserError
-from wavedistill.tasks import teacher_task
-from wavedistill.training import Batches, saved_states
+from wavedistill.corpus.data import Manifest
+from wavedistill.models import checkpoint
+from wavedistill.recipe.config import Recipe
+from wavedistill.tools.engine import launch
+from wavedistill.tools.errors import RecipeError, UserError
+from wavedistill.training.tasks import teacher_task
+from wavedistill.training.training import Batches, saved_states
 
 STEPS = 20
 KINDS = ("teacher", "student")
-LOGS_EVERY_STEP = "import wavedistill.training as t; t.LOG_EVERY = 1; from wavedistill.cli import main; main()"
+LOGS_EVERY_STEP = "import wavedistill.training.training as t; t.LOG_EVERY = 1; from wavedistill.cli import main; main()"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 ONE_MACHINE = ("--nproc-per-node", 2)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.test_audio import corpus
-from wavedistill.audio import LogMel
-from wavedistill.config import Recipe
-from wavedistill.data import dequantise, random_stream, read_samples
-from wavedistill.experiment import Experiment
-from wavedistill.losses import negative_log_likelihood
-from wavedistill.models import build
+from wavedistill.corpus.data import dequantise, random_stream, read_samples
+from wavedistill.experiment.experiment import Experiment
+from wavedistill.models.models import build
+from wavedistill.recipe.config import Recipe
+from wavedistill.speech.audio import LogMel
 from wavedistill.stages.evaluate import DEQUANTISE, densities
+from wavedistill.training.losses import negative_log_likelihood
 
 
 def test_a_likelihood_is_that_of_every_sample_dequantised(tmp_path: Path, tiny: Recipe) -> None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from tests.conftest import RECIPES
-from wavedistill import sampling
-from wavedistill.audio import LogMel
-from wavedistill.config import Recipe, load_recipe, validate_recipe
-from wavedistill.data import Batch, dequantise, random_stream
-from wavedistill.distillation import Distillation, DistillationFromDensity, Objective, log_mel_filters
-from wavedistill.flows import MixtureCdf, StandardNormal
-from wavedistill.models import WaveformModel, build
-from wavedistill.tasks import teacher_task
+from wavedistill.corpus.data import Batch, dequantise, random_stream
+from wavedistill.flows.flows import MixtureCdf, StandardNormal
+from wavedistill.models.models import WaveformModel, build
+from wavedistill.recipe.config import Recipe, load_recipe, validate_recipe
+from wavedistill.sampling import sampling
+from wavedistill.speech.audio import LogMel
+from wavedistill.training.distillation import Distillation, DistillationFromDensity, Objective, log_mel_filters
+from wavedistill.training.tasks import teacher_task
 
 FRAMES = 8
 RECIPE = load_recipe(RECIPES / "tiny.toml")
@@ -91,7 +91,7 @@ def made(make: Callable[[], Made]) -> Made:
     with unset_fake_temporarily():
         shapes = {n_fft: bank.shape for n_fft, bank in log_mel_filters(RECIPE, torch.device("cpu")).items()}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("wavedistill.distillation.log_mel_filters", lambda *_: {})
+            patch.setattr("wavedistill.training.distillation.log_mel_filters", lambda *_: {})
             objective = make()
     objective.filters = {n_fft: there(*shape) for n_fft, shape in shapes.items()}
     return objective

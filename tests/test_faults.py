@@ -12,8 +12,8 @@ import pytest
 from filelock import FileLock
 
 from tests.conftest import RECIPES, REPOSITORY, write_voice
-from wavedistill import checkpoint
-from wavedistill.training import KEPT_STATES, saved_states
+from wavedistill.models import checkpoint
+from wavedistill.training.training import KEPT_STATES, saved_states
 
 KINDS = ("teacher", "student")
 EVERY = 5

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.distributions import AffineTransform, Normal, SigmoidTransform, TransformedDistribution, Uniform
 
 from tests.conftest import noise, randomise, small_flow, small_mel, small_model
-from wavedistill.config import validate_recipe
-from wavedistill.flows import (
+from wavedistill.flows.flows import (
     BASES,
     Affine,
     Autoregressive,
@@ -24,10 +23,11 @@ from wavedistill.flows import (
     StandardLogistic,
     StandardNormal,
 )
-from wavedistill.losses import monte_carlo_kl
-from wavedistill.models import build, margin
-from wavedistill.pitch import PITCH_CONTEXT
-from wavedistill.sampling import cached, invert, sample
+from wavedistill.models.models import build, margin
+from wavedistill.recipe.config import validate_recipe
+from wavedistill.sampling.sampling import cached, invert, sample
+from wavedistill.speech.pitch import PITCH_CONTEXT
+from wavedistill.training.losses import monte_carlo_kl
 
 LENGTH = 22  # no multiple of the features' repetition
 

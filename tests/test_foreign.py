@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tests.conftest import RECIPES, REPOSITORY
 from tests.test_metrics import buzz, hiss
-from wavedistill.audio import LOG_MEL_FLOOR, LogMel, level_gain, pad_to_hops
-from wavedistill.config import Audio, load_recipe
-from wavedistill.corpora import sources
-from wavedistill.data import Batch, Heard, sounding
-from wavedistill.errors import AudioError
-from wavedistill.foreign import examine, examine_f0
+from wavedistill.corpus.data import Batch, Heard, sounding
+from wavedistill.corpus.sources import sources
+from wavedistill.models.foreign import examine, examine_f0
+from wavedistill.recipe.config import Audio, load_recipe
+from wavedistill.speech.audio import LOG_MEL_FLOOR, LogMel, level_gain, pad_to_hops
+from wavedistill.tools.errors import AudioError
 
 FILE = Path("m.npy")
 LJSPEECH = REPOSITORY.parent / "shared" / "data" / "LJSpeech-1.1" / "wavs"

@@ -8,11 +8,11 @@ import pytest
 import soundfile
 
 from tests.conftest import HEARD, speech_like
-from wavedistill.audio import LogMel
-from wavedistill.checkpoint import save_model
 from wavedistill.cli import main
-from wavedistill.config import Recipe
-from wavedistill.models import build
+from wavedistill.models.checkpoint import save_model
+from wavedistill.models.models import build
+from wavedistill.recipe.config import Recipe
+from wavedistill.speech.audio import LogMel
 
 
 @pytest.fixture

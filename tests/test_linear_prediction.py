@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from tests.conftest import noise, speech_like
-from wavedistill import linear_prediction
-from wavedistill.audio import LogMel, mel_filters
-from wavedistill.config import Recipe, validate_recipe
-from wavedistill.linear_prediction import (
+from wavedistill.models.models import build
+from wavedistill.recipe.config import Recipe, validate_recipe
+from wavedistill.sampling.sampling import invert, sample
+from wavedistill.speech import linear_prediction
+from wavedistill.speech.audio import LogMel, mel_filters
+from wavedistill.speech.linear_prediction import (
     LinearPrediction,
     LinearPredictionFromMel,
     Preemphasis,
     levinson_durbin,
     synthesise_by_frames,
 )
-from wavedistill.models import build
-from wavedistill.sampling import invert, sample
 
 HOP = 200
 ORDER = 24

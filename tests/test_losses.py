@@ -11,11 +11,8 @@ from torch.nn import Parameter
 
 from tests.conftest import noise, randomise, small_mel, small_model
 from tests.test_flows import constant_flow
-from wavedistill.audio import LogMel
-from wavedistill.config import Recipe
-from wavedistill.data import Batch, dequantise, random_stream
-from wavedistill.distillation import Distillation
-from wavedistill.flows import (
+from wavedistill.corpus.data import Batch, dequantise, random_stream
+from wavedistill.flows.flows import (
     Affine,
     Composition,
     Conditionals,
@@ -24,7 +21,11 @@ from wavedistill.flows import (
     StandardLogistic,
     StandardNormal,
 )
-from wavedistill.losses import (
+from wavedistill.models.models import WaveformModel, build, margin
+from wavedistill.recipe.config import Recipe
+from wavedistill.speech.audio import LogMel
+from wavedistill.training.distillation import Distillation
+from wavedistill.training.losses import (
     closed_kl,
     cross_entropy_kl,
     log_mel_distance,
@@ -33,7 +34,6 @@ from wavedistill.losses import (
     negative_log_likelihood,
     spectral_distance,
 )
-from wavedistill.models import WaveformModel, build, margin
 
 
 def density_parameters(model: WaveformModel) -> list[tuple[str, Parameter]]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torchaudio
 
-from wavedistill import metrics
-from wavedistill.audio import LogMel
-from wavedistill.config import Recipe
+from wavedistill.evaluation import metrics
+from wavedistill.recipe.config import Recipe
+from wavedistill.speech.audio import LogMel
 
 RATE = 16000
 

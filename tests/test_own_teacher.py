@@ -17,19 +17,19 @@ import torch
 from tests.conftest import HEARD, REPOSITORY, noise, randomise, write_voice
 from tests.test_audio import corpus
 from tests.test_losses import density_parameters
-from wavedistill.audio import LogMel
-from wavedistill.checkpoint import load_model, save_model
-from wavedistill.config import Recipe, validate_recipe
-from wavedistill.data import Batch, Segments, random_stream, read_samples
-from wavedistill.distillation import Distillation, DistillationFromDensity
-from wavedistill.errors import RecipeError
-from wavedistill.experiment import Experiment
-from wavedistill.losses import monte_carlo_kl
-from wavedistill.models import WaveformModel, build, margin
-from wavedistill.pitch import PITCH_CONTEXT
+from wavedistill.corpus.data import Batch, Segments, random_stream, read_samples
+from wavedistill.experiment.experiment import Experiment
+from wavedistill.models.checkpoint import load_model, save_model
+from wavedistill.models.models import WaveformModel, build, margin
+from wavedistill.recipe.config import Recipe, validate_recipe
+from wavedistill.speech.audio import LogMel
+from wavedistill.speech.pitch import PITCH_CONTEXT
 from wavedistill.stages import STAGES
 from wavedistill.stages.evaluate import DRAW, densities
-from wavedistill.tasks import student_task
+from wavedistill.tools.errors import RecipeError
+from wavedistill.training.distillation import Distillation, DistillationFromDensity
+from wavedistill.training.losses import monte_carlo_kl
+from wavedistill.training.tasks import student_task
 
 MODULE = '''
 """Independent Gaussian samples, half as loud as the recordings, whatever the log-mel: a density of someone's own."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.conftest import SMALL_AUDIO
-from wavedistill.audio import LogMel
-from wavedistill.config import Recipe
-from wavedistill.pitch import PITCH_CONTEXT, PeriodicSource, PitchPredictor, track_f0
+from wavedistill.recipe.config import Recipe
+from wavedistill.speech.audio import LogMel
+from wavedistill.speech.pitch import PITCH_CONTEXT, PeriodicSource, PitchPredictor, track_f0
 
 
 def harmonic(f0: torch.Tensor, sample_rate: int) -> torch.Tensor:

@@ -10,18 +10,18 @@ from torch import Tensor
 from tests.conftest import noise
 from tests.test_audio import corpus
 from tests.test_flows import constant_flow
-from wavedistill import checkpoint
-from wavedistill.audio import LogMel
-from wavedistill.config import Recipe
-from wavedistill.data import Manifest
-from wavedistill.distillation import log_mel_filters
-from wavedistill.flows import BASES, Composition, FlowDistribution
-from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel
-from wavedistill.losses import log_mel_distance, spectral_distance
-from wavedistill.models import WaveformModel, margin
-from wavedistill.tasks import teacher_task
-from wavedistill.training import fit, saved_states
-from wavedistill.wavenet import WaveNet
+from wavedistill.corpus.data import Manifest
+from wavedistill.flows.flows import BASES, Composition, FlowDistribution
+from wavedistill.models import checkpoint
+from wavedistill.models.models import WaveformModel, margin
+from wavedistill.networks.wavenet import WaveNet
+from wavedistill.recipe.config import Recipe
+from wavedistill.speech.audio import LogMel
+from wavedistill.speech.linear_prediction import LinearPrediction, LinearPredictionFromMel
+from wavedistill.training.distillation import log_mel_filters
+from wavedistill.training.losses import log_mel_distance, spectral_distance
+from wavedistill.training.tasks import teacher_task
+from wavedistill.training.training import fit, saved_states
 
 FRAMES = 8
 

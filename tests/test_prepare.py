@@ -17,14 +17,16 @@ import soundfile
 import torch
 
 from tests.conftest import speech_like
-from wavedistill import audio, recordings, stages
-from wavedistill.config import DebianCorpus, FolderCorpus, Recipe, validate_recipe
-from wavedistill.corpora import _command, sources, unused
-from wavedistill.data import Manifest, read_f0, read_samples
-from wavedistill.errors import CorpusError
-from wavedistill.experiment import Experiment, run_stage
+from wavedistill import stages
+from wavedistill.corpus import recordings
+from wavedistill.corpus.data import Manifest, read_f0, read_samples
+from wavedistill.corpus.sources import _command, sources, unused
+from wavedistill.experiment.experiment import Experiment, run_stage
+from wavedistill.recipe.config import DebianCorpus, FolderCorpus, Recipe, validate_recipe
+from wavedistill.speech import audio
 from wavedistill.stages import STAGES
 from wavedistill.stages.prepare import Clip, splits
+from wavedistill.tools.errors import CorpusError
 
 Prepare = Callable[..., Experiment]
 

@@ -14,12 +14,14 @@ import soxr
 import torch
 
 from tests.conftest import HEARD, REPOSITORY, speech_like
-from wavedistill import audio, cli, recordings
-from wavedistill.checkpoint import Checkpoint
-from wavedistill.config import Recipe
-from wavedistill.errors import AudioError
-from wavedistill.models import WaveformModel
-from wavedistill.recordings import flat_tops, loudness, read, speech, utterances
+from wavedistill import cli
+from wavedistill.corpus import recordings
+from wavedistill.corpus.recordings import flat_tops, loudness, read, speech, utterances
+from wavedistill.models.checkpoint import Checkpoint
+from wavedistill.models.models import WaveformModel
+from wavedistill.recipe.config import Recipe
+from wavedistill.speech import audio
+from wavedistill.tools.errors import AudioError
 
 RATE = 16000
 SPEECH = speech_like(2 * RATE).numpy()
@@ -240,10 +242,11 @@ MEASURE = """
 import resource, sys, torch
 from pathlib import Path
 from tests.conftest import HEARD
-from wavedistill import cli, recordings
-from wavedistill.checkpoint import Checkpoint
-from wavedistill.config import load_recipe
-from wavedistill.models import build
+from wavedistill import cli
+from wavedistill.corpus import recordings
+from wavedistill.models.checkpoint import Checkpoint
+from wavedistill.recipe.config import load_recipe
+from wavedistill.models.models import build
 from wavedistill.stages import prepare
 
 what, path, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])

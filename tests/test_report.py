@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from wavedistill.config import Recipe
-from wavedistill.experiment import Experiment, measured_on
+from wavedistill.experiment.experiment import Experiment, measured_on
+from wavedistill.recipe.config import Recipe
 from wavedistill.stages.report import _current
 
 
@@ -41,5 +41,5 @@ def test_a_table_is_of_the_very_models_settings_and_version(
     path.write_text(json.dumps({"rows": [{"of": of}, {"of": "another student's"}]}))
     assert _current(experiment, path) is None, "every row"
     path.write_text(json.dumps({"rows": [{"of": of}]}))
-    monkeypatch.setattr("wavedistill.experiment.__version__", "99")
+    monkeypatch.setattr("wavedistill.experiment.experiment.__version__", "99")
     assert _current(experiment, path) is None

@@ -15,11 +15,19 @@ import pytest
 import torch
 
 from tests.conftest import RECIPES, noise, small_flow, small_mel, small_model
-from wavedistill.compiled import AHEAD, _exponential, _solve_mixture
-from wavedistill.config import Recipe
-from wavedistill.flows import Affine, Autoregressive, Elementwise, MixtureCdf, Scale, StandardLogistic, StandardNormal
-from wavedistill.models import compiler
-from wavedistill.sampling import (
+from wavedistill.flows.flows import (
+    Affine,
+    Autoregressive,
+    Elementwise,
+    MixtureCdf,
+    Scale,
+    StandardLogistic,
+    StandardNormal,
+)
+from wavedistill.models.models import compiler
+from wavedistill.recipe.config import Recipe
+from wavedistill.sampling.compiled import AHEAD, _exponential, _solve_mixture
+from wavedistill.sampling.sampling import (
     STREAM_VALUES,
     Solver,
     cached,
@@ -90,7 +98,7 @@ def test_unconditional_sampling(solver: Solver) -> None:
 def test_compiled_loop_in_blocks_is_the_loop_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     flow, context, z = small_flow("x"), (noise(2, 10, 3),), noise(2, 37)
     whole = compiled(flow, z, context)
-    monkeypatch.setattr("wavedistill.sampling.BLOCK", 5)
+    monkeypatch.setattr("wavedistill.sampling.sampling.BLOCK", 5)
     assert torch.equal(compiled(flow, z, context), whole)
 
 
@@ -103,7 +111,7 @@ def test_compiled_loop_past_the_steps_it_computes_ahead(kernel_size: int, monkey
         whole = compiled(flow, z, context)
         assert max(conditioner_of(flow).wavenet.dilations) > AHEAD
         assert (cached(flow, z, context) - whole).abs().max() < 1e-9 * whole.abs().max()
-        monkeypatch.setattr("wavedistill.sampling.BLOCK", 37)
+        monkeypatch.setattr("wavedistill.sampling.sampling.BLOCK", 37)
         assert torch.equal(compiled(flow, z, context), whole)
 
 
@@ -189,10 +197,10 @@ MEMORY = """
 import sys
 import torch
 from pathlib import Path
-from wavedistill.config import load_recipe
-from wavedistill.data import random_stream
-from wavedistill.models import build
-from wavedistill.sampling import stream
+from wavedistill.recipe.config import load_recipe
+from wavedistill.corpus.data import random_stream
+from wavedistill.models.models import build
+from wavedistill.sampling.sampling import stream
 
 torch.set_num_threads(1)
 recipe = load_recipe(Path(sys.argv[1]))
@@ -262,8 +270,8 @@ def test_recorded_steps_equal_naive(monkeypatch: pytest.MonkeyPatch) -> None:
         run()
         return run
 
-    monkeypatch.setattr("wavedistill.sampling._record", record)
-    monkeypatch.setattr("wavedistill.sampling.STEPS_BLOCK", 10)
+    monkeypatch.setattr("wavedistill.sampling.sampling._record", record)
+    monkeypatch.setattr("wavedistill.sampling.sampling.STEPS_BLOCK", 10)
     flow, z = small_flow("x", source_channels=2), noise(2, 37)
     context = (noise(2, 10, 3), noise(2, 40, 2))
     # The second on the first one's recording, in another mode.

@@ -14,15 +14,15 @@ import torch
 import webdataset
 
 from tests.conftest import HEARD, write_voice
-from wavedistill import audio
-from wavedistill.checkpoint import load, save_model
-from wavedistill.config import Recipe, validate_recipe
-from wavedistill.data import Manifest, Segments, random_stream, read_f0, read_samples
-from wavedistill.errors import CorpusError
-from wavedistill.experiment import Experiment, run_stage
-from wavedistill.files import Stretch, replacing
-from wavedistill.models import build
+from wavedistill.corpus.data import Manifest, Segments, random_stream, read_f0, read_samples
+from wavedistill.experiment.experiment import Experiment, run_stage
+from wavedistill.models.checkpoint import load, save_model
+from wavedistill.models.models import build
+from wavedistill.recipe.config import Recipe, validate_recipe
+from wavedistill.speech import audio
 from wavedistill.stages import prepare
+from wavedistill.tools.errors import CorpusError
+from wavedistill.tools.files import Stretch, replacing
 
 STORAGES = ("wav", "flac", "shards")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import RECIPES, REPOSITORY, small_wavenet
-from wavedistill.threads import fastest, settle
+from wavedistill.networks.threads import fastest, settle
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,8 @@ def test_the_number_with_which_work_takes_least_time_is_found() -> None:
 def test_what_was_begun_goes_on_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless there are fewer cores now, or another number is asked for."""
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr("wavedistill.threads.fastest", lambda work, numbers: (work(), numbers[-1])[1])
-    monkeypatch.setattr("wavedistill.threads.CORES", 4)
+    monkeypatch.setattr("wavedistill.networks.threads.fastest", lambda work, numbers: (work(), numbers[-1])[1])
+    monkeypatch.setattr("wavedistill.networks.threads.CORES", 4)
     net = small_wavenet(source_channels=2)
     assert settle(None, net, before=3) == torch.get_num_threads() == 3
     assert settle(None, net, backward=True, before=16) == 4
@@ -46,10 +46,10 @@ def test_what_was_begun_goes_on_with_its_number(monkeypatch: pytest.MonkeyPatch)
 RATIO = """
 import statistics, sys, time
 from pathlib import Path
-from wavedistill.config import load_recipe
-from wavedistill.data import random_stream
-from wavedistill.models import build
-from wavedistill.sampling import sample
+from wavedistill.recipe.config import load_recipe
+from wavedistill.corpus.data import random_stream
+from wavedistill.models.models import build
+from wavedistill.sampling.sampling import sample
 import torch
 
 model = build("student", load_recipe(Path(sys.argv[1])), 0)

@@ -17,18 +17,27 @@ from torch import Tensor, nn
 
 from tests.conftest import speech_like
 from tests.test_audio import corpus
-from wavedistill import checkpoint
-from wavedistill.audio import LogMel, rms_db
-from wavedistill.config import Recipe, validate_recipe
-from wavedistill.data import Batch, Manifest, Streams, dequantise, random_stream
-from wavedistill.errors import CheckpointError, CorpusError, TrainingError
-from wavedistill.experiment import Experiment, Stage, run_stage
-from wavedistill.losses import negative_log_likelihood
-from wavedistill.models import WaveformModel, build, margin
-from wavedistill.pitch import PitchPredictor
-from wavedistill.sampling import sample
-from wavedistill.tasks import Task, teacher_task
-from wavedistill.training import Batches, Learner, Outcome, fit, learning_rate, read_ahead, saved_states, update_average
+from wavedistill.corpus.data import Batch, Manifest, Streams, dequantise, random_stream
+from wavedistill.experiment.experiment import Experiment, Stage, run_stage
+from wavedistill.models import checkpoint
+from wavedistill.models.models import WaveformModel, build, margin
+from wavedistill.recipe.config import Recipe, validate_recipe
+from wavedistill.sampling.sampling import sample
+from wavedistill.speech.audio import LogMel, rms_db
+from wavedistill.speech.pitch import PitchPredictor
+from wavedistill.tools.errors import CheckpointError, CorpusError, TrainingError
+from wavedistill.training.losses import negative_log_likelihood
+from wavedistill.training.tasks import Task, teacher_task
+from wavedistill.training.training import (
+    Batches,
+    Learner,
+    Outcome,
+    fit,
+    learning_rate,
+    read_ahead,
+    saved_states,
+    update_average,
+)
 
 STEPS = 24
 
@@ -281,7 +290,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(tmp_pat
 def test_a_loss_that_is_not_finite_stops_the_training_and_keeps_the_checkpoint(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wavedistill.training.learning_rate", lambda settings, step: 1e30)
+    monkeypatch.setattr("wavedistill.training.training.learning_rate", lambda settings, step: 1e30)
     with pytest.raises(TrainingError, match=r"not finite .*step .*lower teacher\.training\.learning_rate"):
         train("a")
     assert all(value.isfinite().all() for value in weights(tmp_path / "a").values())

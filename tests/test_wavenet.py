@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import noise, small_flow, small_wavenet
-from wavedistill.models import compile_networks
-from wavedistill.wavenet import MelEncoder, WaveNet, WaveNetState
+from wavedistill.models.models import compile_networks
+from wavedistill.networks.wavenet import MelEncoder, WaveNet, WaveNetState
 
 LENGTH = 41
 

@@ -3,10 +3,10 @@
 import os
 from importlib.metadata import version
 
-from wavedistill.caching import cache_compiled_code
+from wavedistill.tools.caching import cache_compiled_code
 
 # Read when torch is loaded, so it is said before: threads that wait by spinning come to a halt beside other work, see
-# `wavedistill.threads`.
+# `wavedistill.networks.threads`.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = version("wavedistill")

@@ -11,21 +11,23 @@ import torch
 import typer
 from torch import Tensor
 
-from wavedistill import __version__, audio, recordings
-from wavedistill.checkpoint import Checkpoint, load_model
-from wavedistill.config import load_recipe
-from wavedistill.data import random_stream
-from wavedistill.engine import launch, processes
-from wavedistill.errors import AudioError, RecipeError, UserError
-from wavedistill.experiment import Experiment, run_stage
-from wavedistill.files import named, shown
-from wavedistill.foreign import examine, examine_f0
-from wavedistill.memory import keep_freed_memory
-from wavedistill.progress import note
-from wavedistill.sampling import sample, slices, stream
+from wavedistill import __version__
+from wavedistill.corpus import recordings
+from wavedistill.corpus.data import random_stream
+from wavedistill.experiment.experiment import Experiment, run_stage
+from wavedistill.models.checkpoint import Checkpoint, load_model
+from wavedistill.models.foreign import examine, examine_f0
+from wavedistill.networks.threads import settle
+from wavedistill.recipe.config import load_recipe
+from wavedistill.sampling.sampling import sample, slices, stream
+from wavedistill.speech import audio
 from wavedistill.stages import STAGES
 from wavedistill.stages import benchmark as benchmarks
-from wavedistill.threads import settle
+from wavedistill.tools.engine import launch, processes
+from wavedistill.tools.errors import AudioError, RecipeError, UserError
+from wavedistill.tools.files import named, shown
+from wavedistill.tools.memory import keep_freed_memory
+from wavedistill.tools.progress import note
 
 app = typer.Typer(
     name="wavedistill",

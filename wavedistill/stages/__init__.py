@@ -1,6 +1,6 @@
 """The stages of a recipe, in the order they run; a stage reads files, calls the library and writes files."""
 
-from wavedistill.experiment import Stage
+from wavedistill.experiment.experiment import Stage
 from wavedistill.stages import benchmark, evaluate, prepare, report, student, teacher
 
 STAGES: dict[str, Stage] = {

@@ -15,20 +15,21 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from wavedistill import __version__, sampling
-from wavedistill.audio import LogMel
-from wavedistill.checkpoint import Kind
-from wavedistill.config import Recipe
-from wavedistill.data import random_stream, read_samples
-from wavedistill.engine import launch
-from wavedistill.experiment import SPEED, Experiment, Stage, measured_on, write_json
-from wavedistill.flows import Autoregressive
-from wavedistill.machine import machine, watch_others
-from wavedistill.memory import keep_freed_memory
-from wavedistill.models import WaveformModel, build, compile_networks, compiler
-from wavedistill.progress import progress
-from wavedistill.tasks import student_task, teacher_task
-from wavedistill.training import Batches, Learner
+from wavedistill import __version__
+from wavedistill.corpus.data import random_stream, read_samples
+from wavedistill.experiment.experiment import SPEED, Experiment, Stage, measured_on, write_json
+from wavedistill.flows.flows import Autoregressive
+from wavedistill.models.checkpoint import Kind
+from wavedistill.models.models import WaveformModel, build, compile_networks, compiler
+from wavedistill.recipe.config import Recipe
+from wavedistill.sampling import sampling
+from wavedistill.speech.audio import LogMel
+from wavedistill.tools.engine import launch
+from wavedistill.tools.machine import machine, watch_others
+from wavedistill.tools.memory import keep_freed_memory
+from wavedistill.tools.progress import progress
+from wavedistill.training.tasks import student_task, teacher_task
+from wavedistill.training.training import Batches, Learner
 
 SOLVERS: dict[str, sampling.Solver] = {
     "cached": sampling.cached,

@@ -7,20 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wavedistill import __version__, audio, metrics
-from wavedistill.config import Recipe
-from wavedistill.data import Utterance, dequantise, random_stream, read_f0, read_samples
-from wavedistill.distillation import Teacher
-from wavedistill.experiment import Experiment, Stage, sha256, write_json
-from wavedistill.flows import FlowDistribution, Scale, StandardNormal
-from wavedistill.losses import Density, monte_carlo_kl, negative_log_likelihood
-from wavedistill.machine import machine
-from wavedistill.models import WaveformModel, build
-from wavedistill.pitch import PITCH_CONTEXT
-from wavedistill.progress import note, progress
-from wavedistill.sampling import sample
-from wavedistill.threads import settle
-from wavedistill.verdict import Scores, against_untrained, gates, in_words, mean
+from wavedistill import __version__
+from wavedistill.corpus.data import Utterance, dequantise, random_stream, read_f0, read_samples
+from wavedistill.evaluation import metrics
+from wavedistill.evaluation.verdict import Scores, against_untrained, gates, in_words, mean
+from wavedistill.experiment.experiment import Experiment, Stage, sha256, write_json
+from wavedistill.flows.flows import FlowDistribution, Scale, StandardNormal
+from wavedistill.models.models import WaveformModel, build
+from wavedistill.networks.threads import settle
+from wavedistill.recipe.config import Recipe
+from wavedistill.sampling.sampling import sample
+from wavedistill.speech import audio
+from wavedistill.speech.pitch import PITCH_CONTEXT
+from wavedistill.tools.machine import machine
+from wavedistill.tools.progress import note, progress
+from wavedistill.training.distillation import Teacher
+from wavedistill.training.losses import Density, monte_carlo_kl, negative_log_likelihood
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "evaluate", "gates"}
 DEQUANTISE, DRAW, SYNTHESISE = 10, 11, 12

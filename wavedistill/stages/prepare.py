@@ -19,16 +19,18 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import torch
 
-from wavedistill import audio, corpora, recordings
-from wavedistill.config import Prepare, Recipe
-from wavedistill.corpora import Source
-from wavedistill.data import Manifest, Part, Split, Utterance
-from wavedistill.errors import AudioError, CorpusError
-from wavedistill.experiment import Experiment, Stage, fingerprint, sha256, write_json
-from wavedistill.files import replacing
-from wavedistill.memory import free_memory
-from wavedistill.pitch import track_f0
-from wavedistill.progress import note, progress
+from wavedistill.corpus import recordings
+from wavedistill.corpus import sources as corpora
+from wavedistill.corpus.data import Manifest, Part, Split, Utterance
+from wavedistill.corpus.sources import Source
+from wavedistill.experiment.experiment import Experiment, Stage, fingerprint, sha256, write_json
+from wavedistill.recipe.config import Prepare, Recipe
+from wavedistill.speech import audio
+from wavedistill.speech.pitch import track_f0
+from wavedistill.tools.errors import AudioError, CorpusError
+from wavedistill.tools.files import replacing
+from wavedistill.tools.memory import free_memory
+from wavedistill.tools.progress import note, progress
 
 READS = {"seed", "corpus", "audio", "prepare"}
 SAYS = {"corpus": {"licence"}}

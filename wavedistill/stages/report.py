@@ -16,11 +16,11 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wavedistill import __version__
-from wavedistill.audio import LogMel
-from wavedistill.checkpoint import Kind
-from wavedistill.experiment import Experiment, Stage, measured_on
-from wavedistill.files import replacing
-from wavedistill.verdict import in_words
+from wavedistill.evaluation.verdict import in_words
+from wavedistill.experiment.experiment import Experiment, Stage, measured_on
+from wavedistill.models.checkpoint import Kind
+from wavedistill.speech.audio import LogMel
+from wavedistill.tools.files import replacing
 
 SYSTEMS = {
     "recorded": "Recorded",

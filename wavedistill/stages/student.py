@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from wavedistill.experiment import Experiment, Stage, fingerprint
-from wavedistill.models import WaveformModel, compile_networks
-from wavedistill.tasks import student_task
-from wavedistill.training import fit
+from wavedistill.experiment.experiment import Experiment, Stage, fingerprint
+from wavedistill.models.models import WaveformModel, compile_networks
+from wavedistill.training.tasks import student_task
+from wavedistill.training.training import fit
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "student"}
 """The parts of the recipe that the student's training depends on."""

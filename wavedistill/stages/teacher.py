@@ -1,8 +1,8 @@
 """Train the autoregressive teacher by maximum likelihood."""
 
-from wavedistill.experiment import Experiment, Stage, fingerprint
-from wavedistill.tasks import teacher_task
-from wavedistill.training import fit
+from wavedistill.experiment.experiment import Experiment, Stage, fingerprint
+from wavedistill.training.tasks import teacher_task
+from wavedistill.training.training import fit
 
 READS = {"seed", "audio", "conditioning", "linear_prediction", "teacher"}
 """The parts of the recipe that the teacher's training depends on."""

@@ -11,8 +11,8 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from wavedistill.audio import LOG_MEL_FLOOR, LogMel, mel_filters, pad_frames, rms_db
-from wavedistill.config import Audio
+from wavedistill.recipe.config import Audio
+from wavedistill.speech.audio import LOG_MEL_FLOOR, LogMel, mel_filters, pad_frames, rms_db
 
 PESQ_SAMPLE_RATE = 16000
 

@@ -11,10 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from wavedistill.audio import PCM16_STEPS, LogMel
-from wavedistill.config import Audio
-from wavedistill.errors import CorpusError
-from wavedistill.files import Stretch
+from wavedistill.recipe.config import Audio
+from wavedistill.speech.audio import PCM16_STEPS, LogMel
+from wavedistill.tools.errors import CorpusError
+from wavedistill.tools.files import Stretch
 
 Split = Literal["train", "valid", "test"]
 Streams = Sequence[torch.Generator]

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from wavedistill import recordings
-from wavedistill.audio import PCM16_STEPS
-from wavedistill.config import Corpus, DebianCorpus, FolderCorpus, NanottsCorpus
-from wavedistill.errors import CorpusError
-from wavedistill.files import named, shown
+from wavedistill.corpus import recordings
+from wavedistill.recipe.config import Corpus, DebianCorpus, FolderCorpus, NanottsCorpus
+from wavedistill.speech.audio import PCM16_STEPS
+from wavedistill.tools.errors import CorpusError
+from wavedistill.tools.files import named, shown
 
 NANOTTS_SAMPLE_RATE = 16000
 LONGEST_SUFFIX = "_000000.f0.npy.partial"

@@ -17,16 +17,16 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from wavedistill import checkpoint
-from wavedistill.audio import LOG_MEL_FLOOR
-from wavedistill.config import Recipe, Training
-from wavedistill.data import Batch, Heard, Manifest, Segments, Streams, random_stream
-from wavedistill.engine import by_first, launch, tensorboard
-from wavedistill.errors import CheckpointError, RecipeError, TrainingError
-from wavedistill.models import WaveformModel, build, compile_networks, margin
-from wavedistill.progress import note, progress
-from wavedistill.tasks import Task
-from wavedistill.threads import settle
+from wavedistill.corpus.data import Batch, Heard, Manifest, Segments, Streams, random_stream
+from wavedistill.models import checkpoint
+from wavedistill.models.models import WaveformModel, build, compile_networks, margin
+from wavedistill.networks.threads import settle
+from wavedistill.recipe.config import Recipe, Training
+from wavedistill.speech.audio import LOG_MEL_FLOOR
+from wavedistill.tools.engine import by_first, launch, tensorboard
+from wavedistill.tools.errors import CheckpointError, RecipeError, TrainingError
+from wavedistill.tools.progress import note, progress
+from wavedistill.training.tasks import Task
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

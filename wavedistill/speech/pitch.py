@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavedistill.config import Audio
-from wavedistill.wavenet import normalise_log_mel
+from wavedistill.networks.wavenet import normalise_log_mel
+from wavedistill.recipe.config import Audio
 
 PITCH_CHANNELS = 2
 """Of `PitchPredictor.features`."""

@@ -5,12 +5,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wavedistill.audio import mel_filters
-from wavedistill.config import Recipe
-from wavedistill.data import Batch, Streams, dequantise, each
-from wavedistill.errors import RecipeError
-from wavedistill.flows import Base, Conditionals
-from wavedistill.losses import (
+from wavedistill.corpus.data import Batch, Streams, dequantise, each
+from wavedistill.flows.flows import Base, Conditionals
+from wavedistill.models.models import WaveformModel
+from wavedistill.recipe.config import Recipe
+from wavedistill.speech.audio import mel_filters
+from wavedistill.tools.errors import RecipeError
+from wavedistill.training.losses import (
     Density,
     closed_kl,
     cross_entropy_kl,
@@ -18,7 +19,6 @@ from wavedistill.losses import (
     log_scale_distance,
     spectral_distance,
 )
-from wavedistill.models import WaveformModel
 
 
 class Teacher(Protocol):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from wavedistill.config import Gates
+from wavedistill.recipe.config import Gates
 
 Scores = dict[str, float | None]
 """Of one clip, or of a system: by name, None where there is nothing to measure."""

@@ -14,11 +14,11 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wavedistill.config import Recipe, validate_recipe
-from wavedistill.data import Heard
-from wavedistill.errors import CheckpointError, RecipeError
-from wavedistill.files import replacing
-from wavedistill.models import WaveformModel, build
+from wavedistill.corpus.data import Heard
+from wavedistill.models.models import WaveformModel, build
+from wavedistill.recipe.config import Recipe, validate_recipe
+from wavedistill.tools.errors import CheckpointError, RecipeError
+from wavedistill.tools.files import replacing
 
 HEADER = "wavedistill"
 """The one key of the file's metadata; its value is JSON. One, because the order of several is left to chance."""

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wavedistill.checkpoint import Kind
-from wavedistill.config import Recipe, Training
-from wavedistill.data import Batch, Streams, dequantise, random_stream
-from wavedistill.distillation import Distillation, DistillationFromDensity, Teacher
-from wavedistill.models import WaveformModel
-from wavedistill.sampling import sample
+from wavedistill.corpus.data import Batch, Streams, dequantise, random_stream
+from wavedistill.models.checkpoint import Kind
+from wavedistill.models.models import WaveformModel
+from wavedistill.recipe.config import Recipe, Training
+from wavedistill.sampling.sampling import sample
+from wavedistill.training.distillation import Distillation, DistillationFromDensity, Teacher
 
 PREVIEW_SECONDS = 0.25
 """Sequential sampling is slow: the log of a teacher hears this much."""

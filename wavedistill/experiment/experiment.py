@@ -13,14 +13,14 @@ import torch
 from filelock import FileLock, Timeout
 
 from wavedistill import __version__
-from wavedistill.checkpoint import MODEL_FILE, Kind, load_model
-from wavedistill.config import Recipe
-from wavedistill.data import Manifest
-from wavedistill.distillation import Teacher
-from wavedistill.engine import by_first, launch
-from wavedistill.errors import CheckpointError, CorpusError, RecipeError, UserError
-from wavedistill.files import replacing
-from wavedistill.models import WaveformModel
+from wavedistill.corpus.data import Manifest
+from wavedistill.models.checkpoint import MODEL_FILE, Kind, load_model
+from wavedistill.models.models import WaveformModel
+from wavedistill.recipe.config import Recipe
+from wavedistill.tools.engine import by_first, launch
+from wavedistill.tools.errors import CheckpointError, CorpusError, RecipeError, UserError
+from wavedistill.tools.files import replacing
+from wavedistill.training.distillation import Teacher
 
 SPEED = {"seed", "audio", "conditioning", "linear_prediction", "teacher", "student", "benchmark"}
 """The parts of a recipe that the speed of its models depends on."""

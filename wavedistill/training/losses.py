@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wavedistill.flows import Conditionals, FlowDistribution, StandardNormal
+from wavedistill.flows.flows import Conditionals, FlowDistribution, StandardNormal
 
 SILENCE = 1e-4
 """Amplitude below which a reference counts as silent: a relative distance from it would be without bounds."""

@@ -12,9 +12,9 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
-from wavedistill.config import Audio
-from wavedistill.errors import AudioError
-from wavedistill.files import replacing, shown
+from wavedistill.recipe.config import Audio
+from wavedistill.tools.errors import AudioError
+from wavedistill.tools.files import replacing, shown
 
 PCM16_STEPS = 32768
 MEL_FLOOR = 1e-5

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 
-from wavedistill.progress import note
-from wavedistill.wavenet import WaveNet
+from wavedistill.networks.wavenet import WaveNet
+from wavedistill.tools.progress import note
 
 CORES = torch.get_num_threads()
 """What a process may use: torch's own choice, before a stage settles on fewer for what it computes."""

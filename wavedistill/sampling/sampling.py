@@ -11,12 +11,20 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from wavedistill.compiled import CompiledLoop
-from wavedistill.flows import Affine, Autoregressive, Composition, Context, FlowDistribution, Parameters, Transform
-from wavedistill.linear_prediction import LinearPrediction
-from wavedistill.models import ConditionerNetwork, WaveformModel, require_compiler
-from wavedistill.progress import progress
-from wavedistill.wavenet import WaveNetState
+from wavedistill.flows.flows import (
+    Affine,
+    Autoregressive,
+    Composition,
+    Context,
+    FlowDistribution,
+    Parameters,
+    Transform,
+)
+from wavedistill.models.models import ConditionerNetwork, WaveformModel, require_compiler
+from wavedistill.networks.wavenet import WaveNetState
+from wavedistill.sampling.compiled import CompiledLoop
+from wavedistill.speech.linear_prediction import LinearPrediction
+from wavedistill.tools.progress import progress
 
 BLOCK = 4096
 """Steps that the compiled loop takes between two looks at the progress."""

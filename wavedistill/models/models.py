@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavedistill.config import Recipe, Student, Teacher
-from wavedistill.errors import RecipeError
-from wavedistill.flows import (
+from wavedistill.flows.flows import (
     BASES,
     Affine,
     Autoregressive,
@@ -26,9 +24,11 @@ from wavedistill.flows import (
     Scale,
     Transform,
 )
-from wavedistill.linear_prediction import LinearPrediction, LinearPredictionFromMel, Preemphasis
-from wavedistill.pitch import PITCH_CHANNELS, PITCH_CONTEXT, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
-from wavedistill.wavenet import MelEncoder, WaveNet, WaveNetState
+from wavedistill.networks.wavenet import MelEncoder, WaveNet, WaveNetState
+from wavedistill.recipe.config import Recipe, Student, Teacher
+from wavedistill.speech.linear_prediction import LinearPrediction, LinearPredictionFromMel, Preemphasis
+from wavedistill.speech.pitch import PITCH_CHANNELS, PITCH_CONTEXT, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
+from wavedistill.tools.errors import RecipeError
 
 
 class ConditionerNetwork(nn.Module):

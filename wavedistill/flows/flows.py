@@ -193,7 +193,7 @@ class Autoregressive(Transform):
 
     With `reads="x"` it is a masked autoregressive flow (Papamakarios et al. 2017): theta_t = c(x_<t), density in
     parallel. With `reads="z"` it is an inverse autoregressive flow (Kingma et al. 2016): theta_t = c(z_<t), sampling in
-    parallel. The other direction takes T steps and lives in `wavedistill.sampling`.
+    parallel. The other direction takes T steps and lives in `wavedistill.sampling.sampling`.
 
     Raises:
         SequentialDirectionError: when the direction asked for is the sequential one.
@@ -206,14 +206,14 @@ class Autoregressive(Transform):
     def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         if self.reads == "x":
             raise SequentialDirectionError(
-                "x of a masked autoregressive flow is drawn step by step: wavedistill.sampling"
+                "x of a masked autoregressive flow is drawn step by step: wavedistill.sampling.sampling"
             )
         return self.elementwise.to_x(z, *self.conditioner(z, context))
 
     def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
         if self.reads == "z":
             raise SequentialDirectionError(
-                "z of an inverse autoregressive flow is found step by step: wavedistill.sampling"
+                "z of an inverse autoregressive flow is found step by step: wavedistill.sampling.sampling"
             )
         return self.elementwise.to_z(x, *self.conditioner(x, context))
 

@@ -15,10 +15,10 @@ import soxr
 import torch
 from torch import Tensor
 
-from wavedistill.audio import PCM16_STEPS, level_gain, squares
-from wavedistill.config import Recipe
-from wavedistill.errors import AudioError
-from wavedistill.files import shown
+from wavedistill.recipe.config import Recipe
+from wavedistill.speech.audio import PCM16_STEPS, level_gain, squares
+from wavedistill.tools.errors import AudioError
+from wavedistill.tools.files import shown
 
 KINDS = {
     **{".wav": "WAV", ".wave": "WAV", ".rf64": "RF64", ".w64": "W64", ".flac": "FLAC", ".mp3": "MP3", ".caf": "CAF"},

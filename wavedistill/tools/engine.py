@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 
-from wavedistill.errors import UserError
+from wavedistill.tools.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

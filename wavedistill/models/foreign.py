@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wavedistill.audio import LOG_MEL_FLOOR, MEL_FLOOR
-from wavedistill.config import Audio
-from wavedistill.data import Heard, sounding
-from wavedistill.errors import AudioError
-from wavedistill.pitch import track_f0
+from wavedistill.corpus.data import Heard, sounding
+from wavedistill.recipe.config import Audio
+from wavedistill.speech.audio import LOG_MEL_FLOOR, MEL_FLOOR
+from wavedistill.speech.pitch import track_f0
+from wavedistill.tools.errors import AudioError
 
 NATS_A_DECIBEL = math.log(10) / 20
 OFFSETS, SHAPES, SPREADS = (-4.0, 2.0), (0.0, 1.5), (-0.8, 0.6)

@@ -19,9 +19,9 @@ from numba.core import types
 from numba.extending import intrinsic, models, overload, register_model
 from torch import Tensor, nn
 
-from wavedistill.flows import Autoregressive, MixtureCdf, StandardNormal
-from wavedistill.models import ConditionerNetwork
-from wavedistill.wavenet import WaveNetState
+from wavedistill.flows.flows import Autoregressive, MixtureCdf, StandardNormal
+from wavedistill.models.models import ConditionerNetwork
+from wavedistill.networks.wavenet import WaveNetState
 
 NEWTON_STEPS = MixtureCdf.ITERATIONS
 TILE_BYTES = 256

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavedistill.audio import PCM16_STEPS, mel_filters
-from wavedistill.config import Audio
-from wavedistill.flows import Context, Transform
+from wavedistill.flows.flows import Context, Transform
+from wavedistill.recipe.config import Audio
+from wavedistill.speech.audio import PCM16_STEPS, mel_filters
 
 LAG_WINDOW_HZ = 40
 """Width of the lag window: spectral peaks of an envelope are at least about this wide."""

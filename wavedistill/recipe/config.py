@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from wavedistill.errors import RecipeError
+from wavedistill.tools.errors import RecipeError
 
 # TOML has arrays only, so a tuple of a recipe arrives as a list.
 Integers = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]

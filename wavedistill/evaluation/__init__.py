@@ -1,0 +1,1 @@
+"""Scores of speech, and what they are worth."""

@@ -1,0 +1,1 @@
+"""An experiment's folder, and which of its files are current."""

@@ -1,0 +1,1 @@
+"""Bijections and the densities they define; knows neither audio nor networks."""

@@ -1,0 +1,1 @@
+"""The frozen, validated description of one experiment; nothing else reads TOML."""

@@ -1,0 +1,1 @@
+"""What is special about speech: log-mel, F0, linear prediction."""

@@ -1,7 +1,6 @@
 """Small models and recipes that the tests share."""
 
 import os
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,23 @@ import soundfile
 import torch
 from torch import nn
 
-from wavedistill.corpus.data import Heard
-from wavedistill.flows.flows import Affine, Autoregressive, StandardNormal
-from wavedistill.models.models import ConditionerNetwork, WaveformModel, build
-from wavedistill.networks.wavenet import MelEncoder, WaveNet
-from wavedistill.recipe.config import Audio, Recipe, validate_recipe
+from wavedistill.flows.bases import StandardNormal
+from wavedistill.flows.distributions import FlowDistribution
+from wavedistill.flows.elementwise import Affine
+from wavedistill.flows.transforms import Autoregressive
+from wavedistill.models.conditioner import ConditionerNetwork
+from wavedistill.models.kinds import build
+from wavedistill.models.waveform import WaveformModel
+from wavedistill.networks.encoder import MelEncoder
+from wavedistill.networks.wavenet import WaveNet
+from wavedistill.recipe.loading import load_recipe, validate_recipe
+from wavedistill.recipe.recipe import Recipe
+from wavedistill.recipe.sections import Audio
+from wavedistill.speech.conditioning import Conditioning
+from wavedistill.speech.heard import Heard
 from wavedistill.speech.linear_prediction import LinearPrediction, LinearPredictionFromMel
 from wavedistill.speech.pitch import PITCH_CHANNELS, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
+from wavedistill.training.losses import Density, one_draw_kl
 
 # Threads are not measured: the fastest of one moment need not be that of the next, and results are compared bit by bit.
 os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
@@ -81,11 +90,41 @@ def small_model(kind: str, *, pitch: bool = True) -> WaveformModel:
     return randomise(model, seed=7)
 
 
-def small_mel(batch: int, frames: int, seed: int = 0) -> torch.Tensor:
-    """A log-mel for `small_model`: (batch, 5, frames + 2 * 5)."""
-    return (
-        torch.randn(batch, 5, frames + 10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 - 5
-    )
+def small_mel(batch: int, frames: int, seed: int = 0) -> Conditioning:
+    """What `small_model` speaks from: a log-mel (batch, 5, frames + 2 * 5)."""
+    generator = torch.Generator().manual_seed(seed)
+    mel = torch.randn(batch, 5, frames + 10, generator=generator, dtype=torch.float64) * 3 - 5
+    return Conditioning(mel, 5)
+
+
+def changed(recipe: Recipe, path: str, **values: Any) -> Recipe:
+    """A recipe with some values of the table at a path, "training.student.loss" for instance, changed."""
+
+    def within(table: Any, keys: list[str]) -> Any:
+        if not keys:
+            return table.model_copy(update=values)
+        key, *rest = keys
+        if isinstance(table, dict):
+            return {**table, key: within(table[key], rest)}
+        return table.model_copy(update={key: within(getattr(table, key), rest)})
+
+    return within(recipe, path.split("."))
+
+
+def told(recipe: Recipe, mel: torch.Tensor, f0: torch.Tensor | None = None) -> Conditioning:
+    """What a recipe's models speak from: a log-mel (B, n_mels, F + 2 margin), and F0 if it is known."""
+    return Conditioning(mel, margin(recipe), f0)
+
+
+def margin(recipe: Recipe) -> int:
+    """Frames around that a recipe's models need."""
+    return build(recipe, "teacher", 0).margin
+
+
+def one_draw(q: FlowDistribution, p: Density, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The one-draw KL (B,) of q from p, and the draw that noise (B, T) maps to."""
+    x, log_q = q.rsample_and_log_prob(z)
+    return one_draw_kl(log_q, p, x), x
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -107,7 +146,7 @@ def write_voice(folder: Path, count: int) -> Path:
 @pytest.fixture
 def tiny_data() -> dict[str, Any]:
     """The tiny recipe as nested dictionaries, free to change."""
-    return {**tomllib.loads((RECIPES / "tiny.toml").read_text()), "name": "tiny"}
+    return load_recipe(RECIPES / "tiny.toml").model_dump(mode="json")
 
 
 @pytest.fixture
@@ -118,4 +157,4 @@ def tiny(tiny_data: dict[str, Any]) -> Recipe:
 @pytest.fixture
 def tiny_model(tiny: Recipe) -> Callable[[str], WaveformModel]:
     """The untrained teacher or student of the tiny recipe."""
-    return lambda kind: build(kind, tiny, tiny.seed)
+    return lambda kind: build(tiny, kind, tiny.seed)

@@ -9,10 +9,12 @@ import torch
 
 from tests.conftest import speech_like
 from wavedistill.corpus import recordings
-from wavedistill.corpus.data import Manifest, Part, Segments, Utterance, dequantise, random_stream, read_samples
-from wavedistill.recipe.config import Recipe
+from wavedistill.corpus.segments import Segments, dequantise
+from wavedistill.corpus.utterances import Manifest, Part, Utterance, read_samples
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech import audio
 from wavedistill.tools.errors import AudioError, CorpusError
+from wavedistill.tools.random import random_stream
 
 
 def corpus(folder: Path, recipe: Recipe, frames: list[int]) -> Manifest:

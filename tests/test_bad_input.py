@@ -20,10 +20,11 @@ from tests.conftest import RECIPES, speech_like
 from wavedistill.cli import main
 from wavedistill.corpus.recordings import KINDS
 from wavedistill.models import checkpoint
-from wavedistill.recipe.config import NanottsCorpus, load_recipe
-from wavedistill.training.training import saved_states
+from wavedistill.recipe.loading import load_recipe
+from wavedistill.recipe.sections import NanottsCorpus
+from wavedistill.training.state import saved_states
 
-SMALL = {"teacher.layers": 2, "student.flow_layers": [2], "prepare.min_seconds": 0.5}
+SMALL = {"models.teacher.layers": 2, "models.student.flow_layers": [2], "prepare.min_seconds": 0.5}
 for _kind in ("teacher", "student"):
     SMALL |= {f"{_kind}.training.{key}": 1 for key in ("steps", "batch_size", "validate_every", "validate_batches")}
 
@@ -108,7 +109,7 @@ class Place:
 
     def again(self, kind: str, steps: int = 3) -> list[str]:
         """Lengthen a training."""
-        return [*self.stage(kind), "--set", f"{kind}.training.steps={steps}"]
+        return [*self.stage(kind), "--set", f"training.{kind}.steps={steps}"]
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +145,11 @@ def bad_recipe_inside(p: Place) -> Path:
     return p.root / "bad.safetensors"
 
 
-SEGMENT = "teacher.training.segment_frames"
-PRECISION = ("--set", "teacher.training.precision=fp8")
-ACCUMULATE = ("--set", "teacher.training.accumulate=2")
-COMPILE = ("--set", "teacher.training.compile=true")
-OWN = ("--set", "student.teacher=nowhere:load", "--set", "student.loss.kl_estimator=mc")
+SEGMENT = "training.teacher.segment_frames"
+PRECISION = ("--set", "training.teacher.precision=fp8")
+ACCUMULATE = ("--set", "training.teacher.accumulate=2")
+COMPILE = ("--set", "training.teacher.compile=true")
+OWN = ("--set", "training.student.of=nowhere:load", "--set", "training.student.loss.kl_estimator=mc")
 SOFT = 1e-3 * speech_like(16000, 9).numpy()
 DITHER = np.sign(SOFT) / 2**15
 FLAT = (1e5 * SOFT).clip(-1.5, 1.5)
@@ -248,7 +249,7 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "kind of corpus": (2, "corpus", lambda p: p.change('kind = "folder"', 'kind = "magic"')),
     "no equals sign": (2, "--set seed: expected key=value", lambda p: [*p.stage("prepare"), "--set", "seed"]),
     "value as section": (2, "seed is a value", lambda p: [*p.stage("prepare"), "--set", "seed.x=1"]),
-    "precision": (2, "teacher.training.precision = 'fp8'", lambda p: [*p.again("teacher"), *PRECISION]),
+    "precision": (2, "training.teacher.precision = 'fp8'", lambda p: [*p.again("teacher"), *PRECISION]),
     "uneven shares": (2, "cannot be shared out evenly", lambda p: [*p.again("teacher"), *ACCUMULATE]),
     "no compiler": (2, "need a C++ compiler", lambda p: [*p.again("teacher"), *COMPILE]),
     "storage": (2, "prepare.storage = 'zip'", lambda p: [*p.stage("prepare"), "--set", "prepare.storage=zip"]),
@@ -348,24 +349,24 @@ ABSURD = {
     "conditioning.pitch": "1",
     "linear_prediction.order": "-1 999",
     "linear_prediction.preemphasis": "1",
-    "teacher.base": "cauchy",
-    "teacher.components": "0",
-    "teacher.layers": "0",
-    "teacher.min_log_scale": "1",
-    "teacher.network.channels": "0",
-    "teacher.network.kernel_size": "1",
-    "teacher.network.dilation_cycle": "0",
-    "teacher.training.steps": "0",
-    "teacher.training.batch_size": "0",
-    "teacher.training.learning_rate": "0",
-    "teacher.training.grad_clip": "-1",
-    "teacher.training.ema_decay": "1",
-    "student.flow_layers": "[] [0]",
+    "models.teacher.base": "cauchy",
+    "models.teacher.components": "0",
+    "models.teacher.layers": "0",
+    "models.teacher.min_log_scale": "1",
+    "models.teacher.network.channels": "0",
+    "models.teacher.network.kernel_size": "1",
+    "models.teacher.network.dilation_cycle": "0",
+    "training.teacher.steps": "0",
+    "training.teacher.batch_size": "0",
+    "training.teacher.learning_rate": "0",
+    "training.teacher.grad_clip": "-1",
+    "training.teacher.ema_decay": "1",
+    "models.student.flow_layers": "[] [0]",
     "student.teacher": "nowhere",
-    "student.spectral_n_ffts": "[8]",
-    "student.loss.kl": "-1",
-    "student.loss.kl_estimator": "exact",
-    "student.loss.kl_draws": "0",
+    "training.student.spectral_n_ffts": "[8]",
+    "training.student.loss.kl": "-1",
+    "training.student.loss.kl_estimator": "exact",
+    "training.student.loss.kl_draws": "0",
     "evaluate.clips": "0",
     "evaluate.max_seconds": "0",
     "evaluate.temperature": "0",
@@ -374,14 +375,14 @@ ABSURD = {
     "benchmark.threads": "[] [0]",
     "benchmark.seconds": "[0]",
     "benchmark.repeats": "0",
-    "teacher.network.skip_channels": "0",
-    "student.network.channels": "x",
-    "student.training.segment_frames": "0",
-    "student.training.compile": "yes",
-    "student.training.validate_every": "0",
-    "student.training.warmup_steps": "-1",
-    "student.training.precision": "fp16",
-    "student.periodic_source": "0",
+    "models.teacher.network.skip_channels": "0",
+    "models.student.network.channels": "x",
+    "training.student.segment_frames": "0",
+    "training.student.compile": "yes",
+    "training.student.validate_every": "0",
+    "training.student.warmup_steps": "-1",
+    "training.student.precision": "fp16",
+    "models.student.periodic_source": "0",
     "evaluate.kl_draws": "0",
     "benchmark.naive_samples": "0",
     "gates.better_scores": "4",

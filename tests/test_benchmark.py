@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from wavedistill.models.models import WaveformModel, compiler
-from wavedistill.recipe.config import Recipe, validate_recipe
+from wavedistill.benchmarking.draws import jobs, sized_jobs
+from wavedistill.benchmarking.rows import disturbance, quartiles
+from wavedistill.benchmarking.words import crossovers, summarise
+from wavedistill.models.compiling import compiler
+from wavedistill.models.waveform import WaveformModel
+from wavedistill.recipe.loading import validate_recipe
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.stages import benchmark
-from wavedistill.stages.benchmark import crossovers, disturbance, jobs, quartiles, sized_jobs, summarise
 from wavedistill.stages.report import crossover_plot, speed_plot
 from wavedistill.tools.machine import watch_others
 
@@ -86,8 +90,8 @@ def test_a_gpu_has_a_recorded_sampler_and_one_number_of_threads(tiny_data: dict[
     gpu = torch.device("cuda")
     found = jobs(validate_recipe(tiny_data, "tiny.toml"), gpu, [(1, 1)])
     assert [job.sampler for job in found] == ["naive", "cached", "graphed", "parallel", "streamed"]
-    tiny_data["teacher"]["components"] = 3  # whose inverse is found by a search
-    tiny_data["student"]["loss"]["kl_estimator"] = "mc-k"
+    tiny_data["models"]["teacher"]["components"] = 3  # whose inverse is found by a search
+    tiny_data["training"]["student"]["loss"]["kl_estimator"] = "mc-k"
     found = jobs(validate_recipe(tiny_data, "tiny.toml"), gpu, [(1, 1)])
     assert "graphed" not in {job.sampler for job in found}
 

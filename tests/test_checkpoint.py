@@ -15,8 +15,8 @@ import torch
 
 from tests.conftest import HEARD
 from wavedistill.models import checkpoint
-from wavedistill.models.models import WaveformModel
-from wavedistill.recipe.config import Recipe
+from wavedistill.models.waveform import WaveformModel
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.tools.errors import CheckpointError
 
 

@@ -18,13 +18,15 @@ import torch
 from tests.conftest import RECIPES, REPOSITORY, speech_like
 from wavedistill.cli import main
 from wavedistill.evaluation.verdict import Scores, against_untrained, gates, in_words
-from wavedistill.experiment.experiment import Experiment, run_stage
+from wavedistill.experiment.folder import Experiment
+from wavedistill.experiment.stage import run_stage
 from wavedistill.models.checkpoint import load_model
-from wavedistill.models.models import compiler, require_compiler
-from wavedistill.recipe.config import Gates, load_recipe
+from wavedistill.models.compiling import compiler, require_compiler
+from wavedistill.recipe.loading import load_recipe
+from wavedistill.recipe.sections import Gates
 from wavedistill.speech.audio import LogMel
 from wavedistill.stages import STAGES, benchmark
-from wavedistill.training.training import saved_states
+from wavedistill.training.state import saved_states
 
 TINY = str(RECIPES / "tiny.toml")
 
@@ -389,7 +391,7 @@ def test_mistakes_end_in_one_message(tmp_path: Path) -> None:
     misspelt = tmp_path / "misspelt.toml"
     misspelt.write_text((RECIPES / "tiny.toml").read_text().replace("n_mels", "n_mel"))
     fails(2, "audio.n_mel: unknown key; did you mean n_mels?", "run", misspelt, "--exp", tmp_path)
-    fails(2, "stepz: unknown key", "run", TINY, "--set", "teacher.training.stepz=1", "--exp", tmp_path)
+    fails(2, "stepz: unknown key", "run", TINY, "--set", "training.teacher.stepz=1", "--exp", tmp_path)
     fails(2, "name: unknown key", "run", TINY, "--set", "name=x", "--exp", tmp_path)
     fails(2, "cannot read the recipe", "prepare", tmp_path / "none.toml")
     fails(2, "comes after --until", "run", TINY, "--from", "report", "--until", "teacher", "--exp", tmp_path)

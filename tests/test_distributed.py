@@ -18,13 +18,14 @@ from typer import BadParameter
 
 from tests.conftest import RECIPES, REPOSITORY, write_voice
 from wavedistill.cli import _device, main
-from wavedistill.corpus.data import Manifest
+from wavedistill.corpus.utterances import Manifest
 from wavedistill.models import checkpoint
-from wavedistill.recipe.config import Recipe
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.tools.engine import launch
 from wavedistill.tools.errors import RecipeError, UserError
-from wavedistill.training.tasks import teacher_task
-from wavedistill.training.training import Batches, saved_states
+from wavedistill.training.batches import Batches
+from wavedistill.training.likelihood import likelihood_task
+from wavedistill.training.state import saved_states
 
 STEPS = 20
 KINDS = ("teacher", "student")
@@ -41,11 +42,11 @@ class Runs:
         write_voice(root / "voice", 5)
         self.script = root / "main.py"
         self.script.write_text(LOGS_EVERY_STEP)
-        self.settings = {"corpus": f'{{kind="folder",path="{root / "voice"}"}}', "teacher.layers": 3}
-        self.settings["student.flow_layers"] = [2, 2]
+        self.settings = {"corpus": f'{{kind="folder",path="{root / "voice"}"}}', "models.teacher.layers": 3}
+        self.settings["models.student.flow_layers"] = [2, 2]
         for kind in KINDS:
             values = {"steps": STEPS, "validate_every": 10, "validate_batches": 1, "batch_size": 4}
-            self.settings |= {f"{kind}.training.{key}": value for key, value in values.items()}
+            self.settings |= {f"training.{kind}.{key}": value for key, value in values.items()}
 
     def command(self, exp: str, *words: str, **changes: Any) -> list[str]:
         options = [f"--set={key}={value}" for key, value in {**self.settings, **changes}.items()]
@@ -120,15 +121,15 @@ def test_two_nodes_have_the_losses_of_one_process(runs: Runs) -> None:
 @pytest.mark.slow
 def test_a_batch_in_parts_has_the_losses_of_a_whole_one(runs: Runs) -> None:
     shutil.copytree(runs.root / "prepared", runs.root / "parts")
-    runs.finish(sys.executable, *runs.command("parts", "teacher", **{"teacher.training.accumulate": 2}))
+    runs.finish(sys.executable, *runs.command("parts", "teacher", **{"training.teacher.accumulate": 2}))
     assert_equal_losses(runs, "parts", "teacher")
 
 
 @pytest.mark.slow
 def test_processes_parts_and_bfloat16_together_come_close(runs: Runs) -> None:
     shutil.copytree(runs.root / "prepared", runs.root / "all")
-    changes = {f"{kind}.training.accumulate": 2 for kind in KINDS}
-    changes |= {f"{kind}.training.precision": "bf16-mixed" for kind in KINDS}
+    changes = {f"training.{kind}.accumulate": 2 for kind in KINDS}
+    changes |= {f"training.{kind}.precision": "bf16-mixed" for kind in KINDS}
     runs.finish(*TORCHRUN, *ONE_MACHINE, *runs.command("all", "run", "--until", "student", **changes))
     for kind, term in (("teacher", "train/nll"), ("student", "train/kl"), ("student", "train/spectral")):
         one, other = (torch.tensor(runs.losses(name, kind)[term]) for name in ("one", "all"))
@@ -139,7 +140,7 @@ def test_processes_parts_and_bfloat16_together_come_close(runs: Runs) -> None:
 def test_terminated_processes_save_and_a_single_one_goes_on(runs: Runs) -> None:
     shutil.copytree(runs.root / "prepared", runs.root / "stopped")
     folder = runs.root / "stopped" / "tiny" / "teacher"
-    long = {"teacher.training.steps": 100_000}
+    long = {"training.teacher.steps": 100_000}
     process = runs.start(*TORCHRUN, *ONE_MACHINE, *runs.command("stopped", "teacher", **long))
     while len(saved_states(folder)) < 2 and process.poll() is None:
         time.sleep(0.05)
@@ -149,7 +150,7 @@ def test_terminated_processes_save_and_a_single_one_goes_on(runs: Runs) -> None:
     (last, *_) = saved_states(folder)
     step = checkpoint.load(last)[1]["step"]
     assert step >= 10
-    runs.finish(sys.executable, *runs.command("stopped", "teacher", **{"teacher.training.steps": step + 10}))
+    runs.finish(sys.executable, *runs.command("stopped", "teacher", **{"training.teacher.steps": step + 10}))
     assert checkpoint.load(saved_states(folder)[0])[1]["step"] == step + 10
     assert not (folder.parent / "teacher.1").exists()
 
@@ -216,11 +217,11 @@ def test_a_waveform_is_one_process_s_work(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tiny: Recipe, tmp_path: Path) -> None:
-    training = tiny.teacher.training.model_copy(update={"batch_size": 3, "accumulate": 2})
+    training = tiny.training.teacher.model_copy(update={"batch_size": 3, "accumulate": 2})
     recipe = tiny.model_copy(update={"teacher": tiny.teacher.model_copy(update={"training": training})})
     nothing = Manifest(audio=tiny.audio, utterances=[])
     with pytest.raises(RecipeError, match=r"teacher\.training\.batch_size = 3: cannot .* for instance batch_size = 4"):
-        Batches(teacher_task(recipe), nothing, tmp_path, recipe, launch(torch.device("cpu")))
+        Batches(likelihood_task(recipe), nothing, tmp_path, recipe, launch(torch.device("cpu")))
 
 
 def test_all_in_float32_is_no_tensorfloat(monkeypatch: pytest.MonkeyPatch) -> None:

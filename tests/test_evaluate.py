@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from tests.test_audio import corpus
-from wavedistill.corpus.data import dequantise, random_stream, read_samples
-from wavedistill.experiment.experiment import Experiment
-from wavedistill.models.models import build
-from wavedistill.recipe.config import Recipe
+from wavedistill.corpus.segments import dequantise
+from wavedistill.corpus.utterances import read_samples
+from wavedistill.experiment.folder import Experiment
+from wavedistill.models.kinds import build
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import LogMel
 from wavedistill.stages.evaluate import DEQUANTISE, densities
+from wavedistill.tools.random import random_stream
 from wavedistill.training.losses import negative_log_likelihood
 
 
@@ -19,7 +21,7 @@ def test_a_likelihood_is_that_of_every_sample_dequantised(tmp_path: Path, tiny: 
     """The mean over all samples of the split, of which a longer clip has more, given its own log-mel; and another's."""
     experiment = Experiment(tiny, tmp_path, torch.device("cpu"))
     clips = corpus(experiment.audio, tiny, [20, 60]).utterances
-    teacher, student = (build(kind, tiny, 0).requires_grad_(False) for kind in ("teacher", "student"))
+    teacher, student = (build(tiny, kind, 0).requires_grad_(False) for kind in ("teacher", "student"))
     generator = torch.Generator().manual_seed(0)
     for network in teacher.networks:
         network.head.weight.copy_(0.3 * torch.randn(network.head.weight.shape, generator=generator))

@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from tests.conftest import RECIPES
-from wavedistill.corpus.data import Batch, dequantise, random_stream
-from wavedistill.flows.flows import MixtureCdf, StandardNormal
-from wavedistill.models.models import WaveformModel, build
-from wavedistill.recipe.config import Recipe, load_recipe, validate_recipe
+from wavedistill.corpus.segments import Batch, dequantise
+from wavedistill.flows.bases import StandardNormal
+from wavedistill.flows.elementwise import MixtureCdf
+from wavedistill.models.kinds import build
+from wavedistill.models.waveform import WaveformModel
+from wavedistill.recipe.loading import load_recipe, validate_recipe
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.sampling import sampling
 from wavedistill.speech.audio import LogMel
-from wavedistill.training.distillation import Distillation, DistillationFromDensity, Objective, log_mel_filters
-from wavedistill.training.tasks import teacher_task
+from wavedistill.tools.random import random_stream
+from wavedistill.training.distillation import Distillation, FromDensity, Objective, log_mel_filters
+from wavedistill.training.likelihood import likelihood_task
 
 FRAMES = 8
 RECIPE = load_recipe(RECIPES / "tiny.toml")
@@ -46,7 +50,7 @@ def there(*shape: int) -> Tensor:
 @pytest.fixture
 def gpu(tiny: Recipe) -> Iterator[Callable[[str], WaveformModel]]:
     """Gives the teacher or student of the tiny recipe on the GPU, and the mode in which it exists."""
-    models = {kind: build(kind, tiny, 0).requires_grad_(kind == "student") for kind in ("teacher", "student")}
+    models = {kind: build(tiny, kind, 0).requires_grad_(kind == "student") for kind in ("teacher", "student")}
     with FakeTensorMode():
         yield lambda kind: on_gpu(models[kind])
 
@@ -75,7 +79,7 @@ def test_the_teacher_s_terms_stay_on_the_gpu(
     tiny: Recipe, gpu: Callable[[str], WaveformModel], streams: list[torch.Generator]
 ) -> None:
     teacher = gpu("teacher")
-    terms = teacher_task(tiny).terms(teacher, batch_of(tiny, teacher.margin), streams)
+    terms = likelihood_task(tiny).terms(teacher, batch_of(tiny, teacher.margin), streams)
     assert {name: term.device.type for name, term in terms.items()} == {"nll": "cuda", "pitch": "cuda"}
 
 
@@ -101,7 +105,7 @@ def made(make: Callable[[], Made]) -> Made:
 def test_the_student_s_terms_stay_on_the_gpu(
     tiny_data: dict[str, Any], gpu: Callable[[str], WaveformModel], streams: list[torch.Generator], estimator: str
 ) -> None:
-    tiny_data["student"]["loss"].update(kl_estimator=estimator, **EVERY, **RECONSTRUCTIONS)
+    tiny_data["training"]["student"]["loss"].update(kl_estimator=estimator, **EVERY, **RECONSTRUCTIONS)
     recipe = validate_recipe(tiny_data, "tiny.toml")
     student, teacher = gpu("student"), gpu("teacher")
     objective = made(lambda: Distillation(teacher, recipe))
@@ -113,10 +117,10 @@ def test_the_student_s_terms_stay_on_the_gpu(
 def test_so_do_those_from_a_density_of_a_user_s_own(
     tiny_data: dict[str, Any], gpu: Callable[[str], WaveformModel], streams: list[torch.Generator]
 ) -> None:
-    tiny_data["student"]["loss"].update(kl_estimator="mc", **EVERY)
+    tiny_data["training"]["student"]["loss"].update(kl_estimator="mc", **EVERY)
     recipe = validate_recipe(tiny_data, "tiny.toml")
     student, teacher = gpu("student"), gpu("teacher")
-    objective = made(lambda: DistillationFromDensity(lambda mel: teacher(mel), recipe, torch.device("cpu")))
+    objective = made(lambda: FromDensity(lambda mel: teacher(mel), recipe, torch.device("cpu")))
     terms = objective.terms(student, batch_of(recipe, student.margin), streams)
     assert {term.device.type for term in terms.values()} == {"cuda"}
 

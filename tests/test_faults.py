@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from tests.conftest import RECIPES, REPOSITORY, write_voice
 from wavedistill.models import checkpoint
-from wavedistill.training.training import KEPT_STATES, saved_states
+from wavedistill.training.state import KEPT_STATES, saved_states
 
 KINDS = ("teacher", "student")
 EVERY = 5
@@ -24,10 +24,14 @@ class Training:
     """A small experiment, teacher and student, in a folder of its own."""
 
     def __init__(self, root: Path, corpus: Path, steps: int) -> None:
-        settings = {"corpus": f'{{kind="folder",path="{corpus}"}}', "teacher.layers": 3, "student.flow_layers": [2, 2]}
+        settings = {
+            "corpus": f'{{kind="folder",path="{corpus}"}}',
+            "models.teacher.layers": 3,
+            "models.student.flow_layers": [2, 2],
+        }
         for kind in KINDS:
             values = {"steps": steps, "validate_every": EVERY, "validate_batches": 1, "batch_size": 1}
-            settings |= {f"{kind}.training.{key}": value for key, value in values.items()}
+            settings |= {f"training.{kind}.{key}": value for key, value in values.items()}
         self.folder = root / "tiny"
         self._options = [RECIPES / "tiny.toml", "--exp", root, "--device", "cpu"]
         for key, value in settings.items():

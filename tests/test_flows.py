@@ -9,25 +9,15 @@ import torch
 from torch import Tensor
 from torch.distributions import AffineTransform, Normal, SigmoidTransform, TransformedDistribution, Uniform
 
-from tests.conftest import noise, randomise, small_flow, small_mel, small_model
-from wavedistill.flows.flows import (
-    BASES,
-    Affine,
-    Autoregressive,
-    Composition,
-    Conditionals,
-    FlowDistribution,
-    MixtureCdf,
-    Scale,
-    SequentialDirectionError,
-    StandardLogistic,
-    StandardNormal,
-)
-from wavedistill.models.models import build, margin
-from wavedistill.recipe.config import validate_recipe
-from wavedistill.sampling.sampling import cached, invert, sample
+from tests.conftest import margin, noise, one_draw, randomise, small_flow, small_mel, small_model, told
+from wavedistill.flows.bases import BASES, StandardLogistic, StandardNormal
+from wavedistill.flows.distributions import Conditionals, FlowDistribution
+from wavedistill.flows.elementwise import Affine, MixtureCdf
+from wavedistill.flows.transforms import Autoregressive, Composition, Scale, SequentialDirectionError
+from wavedistill.models.kinds import build
+from wavedistill.recipe.loading import validate_recipe
+from wavedistill.sampling.sequential import cached, invert, sample
 from wavedistill.speech.pitch import PITCH_CONTEXT
-from wavedistill.training.losses import monte_carlo_kl
 
 LENGTH = 22  # no multiple of the features' repetition
 
@@ -170,7 +160,7 @@ def test_analysis_of_a_crop_with_margins_is_the_crop_of_the_analysis() -> None:
     audio = noise(1, (12 + 2 * model.margin) * 8)
     with torch.no_grad():
         whole, _ = model.analyse(audio, mel)
-        crop, _ = model.analyse(audio[:, 4 * 8 : (8 + 2 * model.margin) * 8], mel[..., 4 : 8 + 2 * model.margin])
+        crop, _ = model.analyse(audio[:, 4 * 8 : (8 + 2 * model.margin) * 8], mel.block(4, 4))
     torch.testing.assert_close(crop, whole[:, 4 * 8 : 8 * 8], rtol=0, atol=1e-9)
 
 
@@ -178,12 +168,12 @@ def test_analysis_of_a_crop_with_margins_is_the_crop_of_the_analysis() -> None:
 def test_a_crop_is_conditioned_as_the_whole_file(tiny_data: dict[str, Any], kind: str) -> None:
     """At every place: F0, features and source see all that they look at, and none is made up at the edges."""
     recipe = validate_recipe(tiny_data, "tiny.toml")
-    hop, model = recipe.audio.hop_length, randomise(build(kind, recipe, 0))
+    hop, model = recipe.audio.hop_length, randomise(build(recipe, kind, 0))
     assert model.margin == margin(recipe)
     mel = noise(1, recipe.audio.n_mels, 20 + 2 * model.margin) * 3 - 5
-    whole, crops = model.context(mel)[0], []
+    whole, crops = model.context(told(recipe, mel))[0], []
     for first in range(20 - 4 + 1):
-        crops.append(model.context(mel[..., first : first + 4 + 2 * model.margin])[0])
+        crops.append(model.context(told(recipe, mel).block(first, 4))[0])
         features, steps = crops[-1][0], whole[0].shape[1] // 20
         expected = whole[0][:, first * steps : (first + 4) * steps]
         torch.testing.assert_close(features, expected, rtol=0, atol=1e-12)
@@ -201,8 +191,8 @@ def test_kl_of_waveforms_is_the_kl_of_residuals() -> None:
     """Draw by draw: a transform that both models share cancels."""
     student, teacher, mel, z = small_model("student"), small_model("teacher"), small_mel(2, 6), noise(2, 48)
     with torch.no_grad():
-        waveform, _ = monte_carlo_kl(student(mel), teacher(mel), z)
-        residual, _ = monte_carlo_kl(student.residual(mel), teacher.residual(mel), z)
+        waveform, _ = one_draw(student(mel), teacher(mel), z)
+        residual, _ = one_draw(student.residual(mel), teacher.residual(mel), z)
     torch.testing.assert_close(waveform, residual, rtol=0, atol=1e-9)
 
 
@@ -219,7 +209,7 @@ def test_mixture_has_the_density_of_torch_distributions_and_integrates_to_one(ba
     weights, shift, log_scale = mixture_parameters(components)
     x = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
     every = tuple(p.expand(len(x), -1) for p in (weights, shift, log_scale))
-    log_prob = Conditionals(BASES["logistic"], MixtureCdf(BASES[base]), every).log_prob(x)
+    log_prob = Conditionals(BASES["logistic"], MixtureCdf(BASES[base]), every).log_prob_steps(x)
     parts = BASES[base].log_prob((x[:, None] - shift) * (-log_scale).exp()) - log_scale
     torch.testing.assert_close(log_prob, (weights.log_softmax(-1) + parts).logsumexp(-1), rtol=1e-9, atol=1e-9)
     assert torch.trapezoid(log_prob.exp(), x).item() == pytest.approx(1, abs=1e-6)
@@ -258,7 +248,7 @@ def test_mixture_of_one_logistic_is_affine_and_tails_keep_a_gradient_in_float32(
     conditionals = Conditionals(BASES["logistic"], MixtureCdf(BASES[base]), parameters)
     if base == "logistic":
         torch.testing.assert_close(conditionals.noise(x), Affine().to_z(x, shift[0], log_scale[0])[0])
-    conditionals.log_prob(x).sum().backward()
+    conditionals.log_prob_steps(x).sum().backward()
     assert log_scale.grad is not None
     assert log_scale.grad.isfinite().all()
     assert log_scale.grad.item() > 1, "a larger scale would explain these values"
@@ -284,13 +274,13 @@ def test_conditionals_of_a_student_are_its_composed_affine_function() -> None:
     with torch.no_grad():
         x, conditionals = student.rsample_and_conditionals(z)
         torch.testing.assert_close(conditionals.rsample(z), x)
-        torch.testing.assert_close(conditionals.log_prob(x), student.rsample_and_log_prob_steps(z)[1])
+        torch.testing.assert_close(conditionals.log_prob_steps(x), student.rsample_and_log_prob_steps(z)[1])
 
 
 def test_conditionals_of_a_teacher_are_the_terms_of_its_density() -> None:
     teacher, x = small_model("teacher").residual(small_mel(2, 3)), noise(2, LENGTH)
     with torch.no_grad():
-        torch.testing.assert_close(teacher.conditionals(x).log_prob(x), teacher.log_prob_steps(x))
+        torch.testing.assert_close(teacher.conditionals(x).log_prob_steps(x), teacher.log_prob_steps(x))
     with pytest.raises(SequentialDirectionError, match="masked"):
         small_model("student").residual(small_mel(2, 3)).conditionals(x)
 
@@ -319,12 +309,12 @@ def test_a_model_uses_the_f0_it_is_given_at_its_own_place(tiny_data: dict[str, A
     """With margins of more than the frame that the source looks at."""
     tiny_data["conditioning"]["context"] = 3
     recipe = validate_recipe(tiny_data, "tiny.toml")
-    hop, model = recipe.audio.hop_length, randomise(build(kind, recipe, 0))
+    hop, model = recipe.audio.hop_length, randomise(build(recipe, kind, 0))
     mel = noise(1, recipe.audio.n_mels, 8 + 2 * model.margin) - 5
     f0 = torch.full((1, 8 + 2 * model.margin), 120.0).double()
 
     def context_of(f0: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(part for part in model.residual(mel, f0).context[0] if part is not None)
+        return tuple(part for part in model.residual(told(recipe, mel, f0)).context[0] if part is not None)
 
     given, predicted = context_of(f0), context_of(None)
     assert all((a != b).any() for a, b in zip(given, context_of(2 * f0), strict=True))

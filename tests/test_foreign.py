@@ -12,11 +12,13 @@ from torch import Tensor
 
 from tests.conftest import RECIPES, REPOSITORY
 from tests.test_metrics import buzz, hiss
-from wavedistill.corpus.data import Batch, Heard, sounding
+from wavedistill.corpus.segments import Batch
 from wavedistill.corpus.sources import sources
-from wavedistill.models.foreign import examine, examine_f0
-from wavedistill.recipe.config import Audio, load_recipe
+from wavedistill.recipe.loading import load_recipe
+from wavedistill.recipe.sections import Audio
 from wavedistill.speech.audio import LOG_MEL_FLOOR, LogMel, level_gain, pad_to_hops
+from wavedistill.speech.foreign import examine, examine_f0
+from wavedistill.speech.heard import Heard, sounding
 from wavedistill.tools.errors import AudioError
 
 FILE = Path("m.npy")

@@ -10,8 +10,8 @@ import soundfile
 from tests.conftest import HEARD, speech_like
 from wavedistill.cli import main
 from wavedistill.models.checkpoint import save_model
-from wavedistill.models.models import build
-from wavedistill.recipe.config import Recipe
+from wavedistill.models.kinds import build
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import LogMel
 
 
@@ -19,7 +19,7 @@ from wavedistill.speech.audio import LogMel
 def student(tmp_path: Path, tiny: Recipe) -> Path:
     """The file of an untrained student: noise of the level and the envelope of what it is given."""
     path = tmp_path / "checkpoint.safetensors"
-    save_model(path, "student", tiny, 1, HEARD, build("student", tiny, 0).state_dict())
+    save_model(path, "student", tiny, 1, HEARD, build(tiny, "student", 0).state_dict())
     return path
 
 

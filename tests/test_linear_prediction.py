@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from tests.conftest import noise, speech_like
-from wavedistill.models.models import build
-from wavedistill.recipe.config import Recipe, validate_recipe
-from wavedistill.sampling.sampling import invert, sample
+from wavedistill.models.kinds import build
+from wavedistill.recipe.loading import validate_recipe
+from wavedistill.recipe.recipe import Recipe
+from wavedistill.sampling.sequential import invert, sample
 from wavedistill.speech import linear_prediction
 from wavedistill.speech.audio import LogMel, mel_filters
 from wavedistill.speech.linear_prediction import (
@@ -168,7 +169,7 @@ def test_models_share_whichever_last_transform_the_recipe_asks_for(
     mel, z = noise(1, recipe.audio.n_mels, 14) - 5, noise(1, 800)
     waves = []
     for kind in ("teacher", "student"):
-        model = build(kind, recipe, 0).double()
+        model = build(recipe, kind, 0).double()
         x = sample(model(mel), z)
         found, _ = invert(model(mel), x)
         assert (found - z).abs().max() < 1e-9

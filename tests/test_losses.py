@@ -1,6 +1,7 @@
 """Objectives: agreement with closed forms, exact zeros, and where gradients go."""
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,28 +10,25 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.nn import Parameter
 
-from tests.conftest import noise, randomise, small_mel, small_model
+from tests.conftest import changed, margin, noise, one_draw, randomise, small_mel, small_model, told
 from tests.test_flows import constant_flow
-from wavedistill.corpus.data import Batch, dequantise, random_stream
-from wavedistill.flows.flows import (
-    Affine,
-    Composition,
-    Conditionals,
-    FlowDistribution,
-    MixtureCdf,
-    StandardLogistic,
-    StandardNormal,
-)
-from wavedistill.models.models import WaveformModel, build, margin
-from wavedistill.recipe.config import Recipe
+from wavedistill.corpus.segments import Batch, dequantise
+from wavedistill.flows.bases import StandardLogistic, StandardNormal
+from wavedistill.flows.distributions import Conditionals, FlowDistribution
+from wavedistill.flows.elementwise import Affine, MixtureCdf
+from wavedistill.flows.transforms import Composition
+from wavedistill.models.kinds import build
+from wavedistill.models.waveform import WaveformModel
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import LogMel
+from wavedistill.speech.conditioning import Conditioning
+from wavedistill.tools.random import random_stream
 from wavedistill.training.distillation import Distillation
 from wavedistill.training.losses import (
     closed_kl,
     cross_entropy_kl,
     log_mel_distance,
     log_scale_distance,
-    monte_carlo_kl,
     negative_log_likelihood,
     spectral_distance,
 )
@@ -45,14 +43,14 @@ def test_kl_of_a_density_from_itself_is_zero_for_every_draw() -> None:
     """Two flows that compose to the teacher's single one: no noise in the estimate, only rounding."""
     q = FlowDistribution(Composition([constant_flow("z", 0.5, 0.2), constant_flow("z", -1.0, -0.7)]), StandardNormal())
     p = FlowDistribution(constant_flow("x", -1.0 + 0.5 * math.exp(-0.7), -0.5), StandardNormal())
-    kl, _ = monte_carlo_kl(q, p, noise(100, 7))
+    kl, _ = one_draw(q, p, noise(100, 7))
     assert kl.abs().max() < 1e-12
 
 
 def test_monte_carlo_kl_of_two_gaussians_agrees_with_the_closed_form() -> None:
     q = FlowDistribution(constant_flow("z", 0.3, -0.4), StandardNormal())
     p = FlowDistribution(constant_flow("x", -0.2, 0.1), StandardNormal())
-    kl, _ = monte_carlo_kl(q, p, noise(4000, 5))
+    kl, _ = one_draw(q, p, noise(4000, 5))
     expected = kl_divergence(Normal(0.3, math.exp(-0.4)), Normal(-0.2, math.exp(0.1)))
     standard_error = kl.std() / math.sqrt(len(kl))
     assert abs(kl.mean() - expected) < 4 * standard_error
@@ -63,7 +61,7 @@ def test_monte_carlo_kl_of_two_gaussians_agrees_with_the_closed_form() -> None:
 def test_distillation_gradients_reach_every_student_parameter_and_no_teacher_parameter() -> None:
     student, teacher, mel = small_model("student"), small_model("teacher"), small_mel(2, 5)
     teacher.requires_grad_(False)
-    kl, x = monte_carlo_kl(student(mel), teacher(mel), noise(2, 40))
+    kl, x = one_draw(student(mel), teacher(mel), noise(2, 40))
     (kl.mean() + spectral_distance(x, noise(2, 40, seed=1), [16, 32]).mean()).backward()
     for name, parameter in density_parameters(student):
         assert parameter.grad is not None, name
@@ -145,7 +143,7 @@ def test_estimators_agree_with_the_closed_form(k: int) -> None:
 def test_estimators_of_one_student_agree_with_each_other() -> None:
     """`mc`, `mc-k` and `closed` through whole networks: the same number within 4 standard errors."""
     student, teacher, mel = small_model("student"), small_model("teacher"), small_mel(1, 5)
-    mel = mel.expand(64, -1, -1)
+    mel = replace(mel, mel=mel.mel.expand(64, -1, -1))
     q, p = student.residual(mel), teacher.residual(mel)
     found: dict[str, list[float]] = {"mc": [], "mc-k": [], "closed": []}
     with torch.no_grad():
@@ -153,7 +151,7 @@ def test_estimators_of_one_student_agree_with_each_other() -> None:
             z = noise(64, 40, seed=seed)
             x, q_steps = q.rsample_and_conditionals(z)
             p_steps = p.conditionals(x)
-            found["mc"] += monte_carlo_kl(q, p, z)[0].tolist()
+            found["mc"] += one_draw(q, p, z)[0].tolist()
             found["mc-k"] += cross_entropy_kl(q_steps, p_steps, noise(10, 64, 40, seed=100 + seed)).mean(-1).tolist()
             found["closed"] += closed_kl(q_steps, p_steps).mean(-1).tolist()
     values = {name: torch.tensor(each) for name, each in found.items()}
@@ -200,15 +198,15 @@ class Setting(NamedTuple):
 
 def setting(recipe: Recipe, **loss: Any) -> Setting:
     """With some weights of the recipe's changed."""
-    changed = recipe.student.loss.model_copy(update=loss)
-    recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"loss": changed})})
-    student, teacher = (randomise(build(kind, recipe, 0)) for kind in ("student", "teacher"))
+    recipe = changed(recipe, "training.student.loss", **loss)
+    student, teacher = (randomise(build(recipe, kind, 0)) for kind in ("student", "teacher"))
     teacher.requires_grad_(False)
     hop, frames, context = recipe.audio.hop_length, 12, margin(recipe)
     audio = 0.1 * noise(2, (frames + 2 * context) * hop)
     mel = LogMel(recipe.audio).double().of_file(audio)
-    batch = Batch(audio[:, context * hop : -context * hop], audio, mel, torch.full((2, mel.shape[2]), 100.0).double())
-    objective = Distillation(teacher, recipe)
+    f0 = torch.full((2, mel.shape[2]), 100.0).double()
+    batch = Batch(audio[:, context * hop : -context * hop], audio, told(recipe, mel, f0))
+    objective = Distillation(teacher, recipe, "student", audio.device)
     objective.filters = {n_fft: filters.double() for n_fft, filters in objective.filters.items()}
     return Setting(student, teacher, batch, objective)
 
@@ -223,18 +221,18 @@ def distillation(recipe: Recipe, **loss: Any) -> tuple[dict[str, Tensor], Wavefo
 def test_a_term_and_its_gradient_are_those_of_its_formula(tiny: Recipe, estimator: str) -> None:
     """From the log-mel alone, through the teacher to the student's sample; the contrastive one is what is to grow."""
     made = setting(tiny, kl_estimator=estimator, kl=1.0, contrastive=1.0, spectral=0.0)
-    student, teacher, mel = made.student, made.teacher, made.batch.mel
+    student, teacher, mel = made.student, made.teacher, made.batch.conditioning.mel_alone()
     base, length = student.base, made.batch.audio.shape[1]
     z = torch.stack([base.noise((length,), random_stream(0, item)) for item in range(2)]).double()
 
-    def kl(other: Tensor) -> Tensor:
+    def kl(other: Conditioning) -> Tensor:
         q, p = student.residual(mel), teacher.residual(other)
         if estimator == "mc":
-            return monte_carlo_kl(q, p, z)[0].mean()
+            return one_draw(q, p, z)[0].mean()
         x, q_steps = q.rsample_and_conditionals(z)
         return closed_kl(q_steps, p.conditionals(x)).mean()
 
-    expected = {"kl": kl(mel), "contrastive": -kl(mel.roll(mel.shape[-1] // 2, -1))}
+    expected = {"kl": kl(mel), "contrastive": -kl(replace(mel, mel=mel.mel.roll(mel.mel.shape[-1] // 2, -1)))}
     found = made.terms()
     weights = [parameter for _, parameter in density_parameters(student)]
     for name, value in expected.items():
@@ -264,15 +262,14 @@ def test_reconstruction_is_exact_for_a_student_that_is_its_teacher(tiny: Recipe)
     """Untrained, both are the same white residual: noise comes back, and so does the recording."""
     terms, _ = distillation(tiny, x_reconstruction=1.0, z_reconstruction=1.0, kl_estimator="mc")
     assert terms["x_reconstruction"] > 1e-3, "these two differ"
-    student, teacher = build("student", tiny, 0), build("teacher", tiny, 0)
+    student, teacher = build(tiny, "student", 0), build(tiny, "teacher", 0)
     audio = 0.1 * noise(1, 16 * tiny.audio.hop_length).float()
     mel = LogMel(tiny.audio).of_file(audio)
     context = margin(tiny)
     inner = audio[:, context * tiny.audio.hop_length : -context * tiny.audio.hop_length]
-    loss = tiny.student.loss.model_copy(update={"x_reconstruction": 1.0, "z_reconstruction": 1.0})
-    recipe = tiny.model_copy(update={"student": tiny.student.model_copy(update={"loss": loss})})
-    batch = Batch(inner, audio, mel, torch.zeros(1, mel.shape[2]))
-    terms = Distillation(teacher, recipe).terms(student, batch, [random_stream(0)])
+    recipe = changed(tiny, "training.student.loss", x_reconstruction=1.0, z_reconstruction=1.0)
+    batch = Batch(inner, audio, told(recipe, mel, torch.zeros(1, mel.shape[2])))
+    terms = Distillation(teacher, recipe, "student", audio.device).terms(student, batch, [random_stream(0)])
     for name in ("kl", "x_reconstruction", "z_reconstruction"):
         assert terms[name].abs() < 1e-3, name  # the soft bound of each flow adds a hundredth to its log-scale
 
@@ -302,9 +299,11 @@ def test_draws_of_every_step_are_their_own_and_each_item_s(tiny: Recipe) -> None
         torch.stack([base.noise(shape, stream) for stream in streams]).double() for shape in ((length,), (3, length))
     )
     assert all(not torch.equal(draws[:, i], draws[:, j]) for i, j in ((0, 1), (0, 2), (1, 2)))
-    x, q = made.student.residual(made.batch.mel).rsample_and_conditionals(sample)
-    p = made.teacher.residual(made.batch.mel).conditionals(x)
-    expected = torch.stack([q.log_prob(at) - p.log_prob(at) for at in (q.rsample(draw) for draw in draws.unbind(1))])
+    mel = made.batch.conditioning.mel_alone()
+    x, q = made.student.residual(mel).rsample_and_conditionals(sample)
+    p = made.teacher.residual(mel).conditionals(x)
+    each = [q.rsample(draw) for draw in draws.unbind(1)]
+    expected = torch.stack([q.log_prob_steps(at) - p.log_prob_steps(at) for at in each])
     torch.testing.assert_close(made.terms()["kl"], expected.mean())
 
 
@@ -314,12 +313,13 @@ def test_a_recording_comes_back_as_it_is_analysed_with_what_lies_before_it(tiny:
     batch, streams = made.batch, [random_stream(0, item) for item in range(2)]
     length, around = batch.audio.shape[1], (batch.with_margins.shape[1] - batch.audio.shape[1]) // 2
     z = torch.stack([made.student.base.noise((length,), stream) for stream in streams]).double()
-    q, p = (model.residual(batch.mel) for model in (made.student, made.teacher))
+    mel = batch.conditioning.mel_alone()
+    q, p = (model.residual(mel) for model in (made.student, made.teacher))
     found = made.terms()
     x, _ = q.rsample_and_log_prob(z)
     torch.testing.assert_close(found["z_reconstruction"], (p.conditionals(x).noise(x) - z).square().mean())
     heard = dequantise(batch.with_margins, streams)
-    coefficients, log_gain = made.teacher.shared_context(batch.mel)
+    coefficients, log_gain = made.teacher.shared_context(mel)
     frames = torch.arange(length) // tiny.audio.hop_length
     predicted = sum(
         coefficients[:, frames, k] * heard[:, around - 1 - k : around - 1 - k + length]

@@ -10,7 +10,7 @@ import torch
 import torchaudio
 
 from wavedistill.evaluation import metrics
-from wavedistill.recipe.config import Recipe
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import LogMel
 
 RATE = 16000

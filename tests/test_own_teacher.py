@@ -14,22 +14,24 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import HEARD, REPOSITORY, noise, randomise, write_voice
+from tests.conftest import HEARD, REPOSITORY, margin, noise, one_draw, randomise, write_voice
 from tests.test_audio import corpus
 from tests.test_losses import density_parameters
-from wavedistill.corpus.data import Batch, Segments, random_stream, read_samples
-from wavedistill.experiment.experiment import Experiment
+from wavedistill.corpus.segments import Batch, Segments
+from wavedistill.corpus.utterances import read_samples
+from wavedistill.experiment.folder import Experiment
 from wavedistill.models.checkpoint import load_model, save_model
-from wavedistill.models.models import WaveformModel, build, margin
-from wavedistill.recipe.config import Recipe, validate_recipe
+from wavedistill.models.kinds import build
+from wavedistill.models.waveform import WaveformModel
+from wavedistill.recipe.loading import validate_recipe
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import LogMel
 from wavedistill.speech.pitch import PITCH_CONTEXT
-from wavedistill.stages import STAGES
+from wavedistill.stages import stages_of
 from wavedistill.stages.evaluate import DRAW, densities
 from wavedistill.tools.errors import RecipeError
-from wavedistill.training.distillation import Distillation, DistillationFromDensity
-from wavedistill.training.losses import monte_carlo_kl
-from wavedistill.training.tasks import student_task
+from wavedistill.tools.random import random_stream
+from wavedistill.training.distillation import Distillation, FromDensity, distillation_task
 
 MODULE = '''
 """Independent Gaussian samples, half as loud as the recordings, whatever the log-mel: a density of someone's own."""
@@ -61,10 +63,10 @@ def wrong(recipe, device):
 def own(tiny_data: dict[str, Any]) -> dict[str, Any]:
     """A recipe without linear prediction, whose student can become independent Gaussian samples."""
     tiny_data["linear_prediction"]["order"] = 0
-    tiny_data["student"]["teacher"] = "someones:load"
-    tiny_data["student"]["flow_layers"] = [2]
-    tiny_data["student"]["loss"].update(kl_estimator="mc", spectral=0.0, log_mel=0.0)
-    tiny_data["student"]["training"].update(steps=60, batch_size=2, learning_rate=0.02, warmup_steps=0)
+    tiny_data["training"]["student"]["of"] = "someones:load"
+    tiny_data["models"]["student"]["flow_layers"] = [2]
+    tiny_data["training"]["student"]["loss"].update(kl_estimator="mc", spectral=0.0, log_mel=0.0)
+    tiny_data["training"]["student"].update(steps=60, batch_size=2, learning_rate=0.02, warmup_steps=0)
     return tiny_data
 
 
@@ -135,7 +137,7 @@ def test_a_density_that_cannot_be_used_is_named(tmp_path: Path, own: dict[str, A
         (".", "someones:lode", "has no attribute 'lode'"),
         (".", "someones:wrong", r"its log_prob gave shape (2, "),
     ):
-        done = shell("run", "own.toml", "--until", "student", "--set", f"student.teacher={name}", path=path)
+        done = shell("run", "own.toml", "--until", "student", "--set", f"training.student.of={name}", path=path)
         assert done.returncode == 2, done.stderr
         assert "student.teacher" in done.stderr
         assert message in done.stderr
@@ -149,10 +151,10 @@ def test_the_source_of_its_module_is_an_input(
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "flow.py").write_text("load = None")
     monkeypatch.syspath_prepend(str(tmp_path))
-    own["student"]["teacher"] = "package.flow:load"
+    own["training"]["student"]["of"] = "package.flow:load"
     experiment = Experiment(validate_recipe(own, "own.toml"), tmp_path, torch.device("cpu"))
-    assert tmp_path / "package" / "flow.py" in STAGES["student"].inputs(experiment)
-    assert tmp_path / "package" / "flow.py" in STAGES["evaluate"].inputs(experiment)
+    assert tmp_path / "package" / "flow.py" in stages_of(experiment.recipe)["student"].inputs(experiment)
+    assert tmp_path / "package" / "flow.py" in stages_of(experiment.recipe)["evaluate"].inputs(experiment)
 
 
 def test_it_computes_as_precisely_as_it_likes_beside_networks_in_bfloat16(
@@ -171,9 +173,9 @@ def test_it_computes_as_precisely_as_it_likes_beside_networks_in_bfloat16(
     audio = 0.1 * noise(1, (frames + 2 * context) * hop).float()
     mel = LogMel(recipe.audio).of_file(audio)
     batch = Batch(audio[:, context * hop : -context * hop], audio, mel, torch.zeros(1, mel.shape[2]))
-    objective = DistillationFromDensity(lambda mel: Density(), recipe, audio.device)
+    objective = FromDensity(lambda mel: Density(), recipe, audio.device)
     with torch.autocast("cpu", torch.bfloat16):
-        found = objective.terms(build("student", recipe, 0), batch, [random_stream(0)])
+        found = objective.terms(build(recipe, "student", 0), batch, [random_stream(0)])
     assert seen == [(torch.float32, torch.float32)]
     assert {term.dtype for term in found.values()} == {torch.float32}
 
@@ -190,7 +192,7 @@ def test_it_computes_as_precisely_as_it_likes_beside_networks_in_bfloat16(
     ],
 )
 def test_a_recipe_that_asks_more_of_it_is_refused(own: dict[str, Any], section: str, key: str, value: Any) -> None:
-    (own["student"][section] if section else own["student"])[key] = value
+    (own["models"]["student"][section] if section else own["models"]["student"])[key] = value
     with pytest.raises(RecipeError, match=r"student\.teacher"):
         validate_recipe(own, "own.toml")
 
@@ -204,22 +206,22 @@ def test_a_model_of_this_package_is_a_density_like_any_other(
     """
     plain = copy.deepcopy(tiny_data)
     plain["linear_prediction"]["order"] = 0
-    teacher = build("teacher", validate_recipe(plain, "plain.toml"), 0).requires_grad_(False)
+    teacher = build(validate_recipe(plain, "plain.toml"), "teacher", 0).requires_grad_(False)
     module = ModuleType("someones_maf")
     module.load = lambda recipe, device: teacher
     monkeypatch.setitem(sys.modules, "someones_maf", module)
-    tiny_data["student"]["teacher"] = "someones_maf:load"
-    tiny_data["student"]["loss"].update(kl_estimator="mc", spectral=0.0)
+    tiny_data["training"]["student"]["of"] = "someones_maf:load"
+    tiny_data["training"]["student"]["loss"].update(kl_estimator="mc", spectral=0.0)
     recipe = validate_recipe(tiny_data, "tiny.toml")
-    experiment, student = Experiment(recipe, tmp_path, torch.device("cpu")), build("student", recipe, 0)
+    experiment, student = Experiment(recipe, tmp_path, torch.device("cpu")), build(recipe, "student", 0)
     manifest = corpus(experiment.audio, recipe, [40])
-    task = student_task(recipe, experiment.teacher(), experiment.device)
+    task = distillation_task(recipe, experiment.teacher(), experiment.device)
     assert not task.given, "nor is its predictor of F0 taken"
     segments = Segments(manifest, experiment.audio, "train", frames=20, margin=student.margin)
     batch = segments.draw([random_stream(0)])
     found = task.terms(student, batch, [random_stream(1)])["kl"]
     z = student.base.noise(tuple(batch.audio.shape), random_stream(1))
-    expected, _ = monte_carlo_kl(student(batch.mel, batch.f0), teacher(batch.mel), z)
+    expected, _ = one_draw(student(batch.mel, batch.f0), teacher(batch.mel), z)
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     assert found > 0.1
 
@@ -227,7 +229,7 @@ def test_a_model_of_this_package_is_a_density_like_any_other(
     clip = read_samples(experiment.audio, manifest.utterances[0])
     mel = LogMel(recipe.audio).of_file(clip[None], student.margin)
     draws = student.base.noise((recipe.evaluate.kl_draws, len(clip)), random_stream(recipe.seed, DRAW, 0))
-    expected = sum(monte_carlo_kl(student(mel), teacher(mel), z[None])[0].item() for z in draws) / len(draws)
+    expected = sum(one_draw(student(mel), teacher(mel), z[None])[0].item() for z in draws) / len(draws)
     assert density["student_kl_nats_per_sample"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -235,7 +237,7 @@ def test_the_recipes_teacher_as_a_mere_density_gives_the_same_kl(
     tiny_data: dict[str, Any], tiny_model: Callable[[str], WaveformModel]
 ) -> None:
     """On the waveform with linear prediction, as on the residual without: a KL is invariant."""
-    tiny_data["student"]["loss"].update(kl_estimator="mc", spectral=0.5, log_mel=0.5, contrastive=0.1)
+    tiny_data["training"]["student"]["loss"].update(kl_estimator="mc", spectral=0.5, log_mel=0.5, contrastive=0.1)
     recipe: Recipe = validate_recipe(tiny_data, "tiny.toml")
     student, teacher = (tiny_model(kind).double() for kind in ("student", "teacher"))
     generator = torch.Generator().manual_seed(0)
@@ -251,7 +253,7 @@ def test_the_recipes_teacher_as_a_mere_density_gives_the_same_kl(
     f0 = torch.nn.functional.pad(student.pitch(mel), (PITCH_CONTEXT,) * 2)
     batch = Batch(audio[:, context * hop : -context * hop], audio, mel, f0)
     streams = [[random_stream(0, item) for item in range(2)] for _ in range(2)]
-    pair, density = Distillation(teacher, recipe), DistillationFromDensity(teacher, recipe, audio.device)
+    pair, density = Distillation(teacher, recipe), FromDensity(teacher, recipe, audio.device)
     for objective in (pair, density):
         objective.filters = {n_fft: filters.double() for n_fft, filters in objective.filters.items()}
     expected, found = pair.terms(student, batch, streams[0]), density.terms(student, batch, streams[1])
@@ -270,9 +272,9 @@ def test_a_checkpoint_brings_no_code(tmp_path: Path, own: dict[str, Any], monkey
     """Its recipe may name any import path: loading it imports nothing."""
     (tmp_path / "planted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    own["student"]["teacher"] = "planted:load"
+    own["training"]["student"]["of"] = "planted:load"
     recipe = validate_recipe(own, "own.toml")
-    save_model(tmp_path / "a.safetensors", "student", recipe, 1, HEARD, build("student", recipe, 0).state_dict())
+    save_model(tmp_path / "a.safetensors", "student", recipe, 1, HEARD, build(recipe, "student", 0).state_dict())
     load_model(tmp_path / "a.safetensors")
     assert not (tmp_path / "ran").exists()
     assert "planted" not in sys.modules
@@ -281,15 +283,15 @@ def test_a_checkpoint_brings_no_code(tmp_path: Path, own: dict[str, Any], monkey
 
 
 def test_beside_a_mere_density_the_student_is_given_f0_as_it_was_tracked(tiny_data: dict[str, Any]) -> None:
-    tiny_data["student"]["loss"].update(kl_estimator="mc", spectral=0.0)
+    tiny_data["training"]["student"]["loss"].update(kl_estimator="mc", spectral=0.0)
     recipe = validate_recipe(tiny_data, "tiny.toml")
-    student, teacher = (randomise(build(kind, recipe, 0)) for kind in ("student", "teacher"))
+    student, teacher = (randomise(build(recipe, kind, 0)) for kind in ("student", "teacher"))
     mel = noise(1, recipe.audio.n_mels, 12 + 2 * student.margin) - 5
     tracked = torch.full((1, mel.shape[2]), 100.0).double()
     audio = noise(1, 12 * recipe.audio.hop_length)
-    objective = DistillationFromDensity(teacher, recipe, audio.device)
+    objective = FromDensity(teacher, recipe, audio.device)
     found = objective.terms(student, Batch(audio, audio, mel, tracked), [random_stream(0)])
     z = student.base.noise(tuple(audio.shape), random_stream(0)).double()
-    by_tracked, by_predicted = (monte_carlo_kl(student(mel, f0), teacher(mel), z)[0][0] for f0 in (tracked, None))
+    by_tracked, by_predicted = (one_draw(student(mel, f0), teacher(mel), z)[0][0] for f0 in (tracked, None))
     torch.testing.assert_close(found["kl"], by_tracked)
     assert (by_tracked - by_predicted).abs() > 1e-3

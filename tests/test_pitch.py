@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.conftest import SMALL_AUDIO
-from wavedistill.recipe.config import Recipe
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import LogMel
+from wavedistill.speech.conditioning import Conditioning
 from wavedistill.speech.pitch import PITCH_CONTEXT, PeriodicSource, PitchPredictor, track_f0
 
 
@@ -85,22 +86,24 @@ def test_predictor_learns_f0_from_the_log_mel(tiny: Recipe) -> None:
     settings, hop = tiny.audio, tiny.audio.hop_length
     log_mel = LogMel(settings)
 
-    def speech(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def speech(seed: int) -> Conditioning:
         generator = torch.Generator().manual_seed(seed)
         f0 = torch.rand(16, generator=generator).mul(160).add(90).repeat_interleave(10)
         f0[torch.rand(16, generator=generator).repeat_interleave(10) < 0.3] = 0
         audio = harmonic(f0.repeat_interleave(hop), settings.sample_rate)
         audio += 0.01 * torch.randn(len(audio), generator=generator)
-        return log_mel.of_file(audio[None], PITCH_CONTEXT), torch.nn.functional.pad(f0, (PITCH_CONTEXT,) * 2)[None]
+        known = torch.nn.functional.pad(f0, (PITCH_CONTEXT,) * 2)[None]
+        return Conditioning(log_mel.of_file(audio[None], PITCH_CONTEXT), PITCH_CONTEXT, known)
 
     predictor = PitchPredictor(settings)
     optimizer = torch.optim.Adam(predictor.parameters(), lr=2e-3)
     for step in range(150):
         optimizer.zero_grad()
-        predictor.loss(*speech(step)).backward()
+        predictor.loss(speech(step)).backward()
         optimizer.step()
-    mel, f0 = speech(1000)
-    found, f0 = predictor(mel), f0[:, PITCH_CONTEXT:-PITCH_CONTEXT]
+    heard = speech(1000)
+    assert heard.f0 is not None
+    found, f0 = predictor(heard.mel), heard.f0[:, PITCH_CONTEXT:-PITCH_CONTEXT]
     inside = torch.arange(160).view(16, 10)[:, 3:7].flatten()  # a frame's window spans several
     assert ((found > 0) == (f0 > 0))[0, inside].float().mean() > 0.9
     both = ((found > 0) & (f0 > 0))[0] & torch.zeros(160).index_fill(0, inside, 1).bool()
@@ -145,7 +148,7 @@ def test_voicing_is_learnt_everywhere_and_height_where_there_is_a_voice() -> Non
 
     def gradients(f0: float) -> torch.Tensor:
         """Of the head's biases, voicing first, where all frames have one F0."""
-        loss = predictor.loss(mel, torch.full((1, 3 + 2 * PITCH_CONTEXT), f0))
+        loss = predictor.loss(Conditioning(mel, PITCH_CONTEXT, torch.full((1, 3 + 2 * PITCH_CONTEXT), f0)))
         return torch.autograd.grad(loss, predictor.layers[-1].bias)[0]
 
     silent, voiced = gradients(0.0), gradients(60.0)

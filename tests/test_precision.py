@@ -7,21 +7,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import noise
+from tests.conftest import margin, noise
 from tests.test_audio import corpus
 from tests.test_flows import constant_flow
-from wavedistill.corpus.data import Manifest
-from wavedistill.flows.flows import BASES, Composition, FlowDistribution
+from wavedistill.corpus.utterances import Manifest
+from wavedistill.flows.bases import BASES
+from wavedistill.flows.distributions import FlowDistribution
+from wavedistill.flows.transforms import Composition
 from wavedistill.models import checkpoint
-from wavedistill.models.models import WaveformModel, margin
+from wavedistill.models.waveform import WaveformModel
 from wavedistill.networks.wavenet import WaveNet
-from wavedistill.recipe.config import Recipe
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import LogMel
 from wavedistill.speech.linear_prediction import LinearPrediction, LinearPredictionFromMel
 from wavedistill.training.distillation import log_mel_filters
+from wavedistill.training.likelihood import likelihood_task
+from wavedistill.training.loop import fit
 from wavedistill.training.losses import log_mel_distance, spectral_distance
-from wavedistill.training.tasks import teacher_task
-from wavedistill.training.training import fit, saved_states
+from wavedistill.training.state import saved_states
 
 FRAMES = 8
 
@@ -141,12 +144,12 @@ def test_a_training_in_bfloat16_follows_that_in_float32(
     values = {}
     for precision, trained in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
         types.clear()
-        settings = tiny.teacher.training.model_copy(
+        settings = tiny.training.teacher.model_copy(
             update={"precision": precision, "steps": 30, "validate_every": 30, "segment_frames": 10}
         )
         folder = tmp_path / precision
         values[precision] = fit(
-            teacher_task(tiny)._replace(settings=settings, sample=lambda model, batch: batch.audio),
+            likelihood_task(tiny)._replace(settings=settings, sample=lambda model, batch: batch.audio),
             both,
             tmp_path / "audio",
             recipe=tiny,

@@ -19,12 +19,15 @@ import torch
 from tests.conftest import speech_like
 from wavedistill import stages
 from wavedistill.corpus import recordings
-from wavedistill.corpus.data import Manifest, read_f0, read_samples
 from wavedistill.corpus.sources import _command, sources, unused
-from wavedistill.experiment.experiment import Experiment, run_stage
-from wavedistill.recipe.config import DebianCorpus, FolderCorpus, Recipe, validate_recipe
+from wavedistill.corpus.utterances import Manifest, read_f0, read_samples
+from wavedistill.experiment.folder import Experiment
+from wavedistill.experiment.stage import run_stage
+from wavedistill.recipe.loading import validate_recipe
+from wavedistill.recipe.recipe import Recipe
+from wavedistill.recipe.sections import DebianCorpus, FolderCorpus
 from wavedistill.speech import audio
-from wavedistill.stages import STAGES
+from wavedistill.stages import stages_of
 from wavedistill.stages.prepare import Clip, splits
 from wavedistill.tools.errors import CorpusError
 
@@ -55,7 +58,7 @@ def prepare(tmp_path: Path, tiny_data: dict[str, Any]) -> Prepare:
         settings = {**tiny_data["prepare"], **changes}
         recipe = validate_recipe({**tiny_data, "corpus": corpus, "prepare": settings}, "mine.toml")
         experiment = Experiment(recipe, tmp_path / "exp", torch.device("cpu"))
-        run_stage(STAGES["prepare"], experiment)
+        run_stage(stages_of(experiment.recipe)["prepare"], experiment)
         return experiment
 
     return run
@@ -112,7 +115,7 @@ def test_long_pauses_become_neither_silent_nor_amplified_utterances(voice: Path,
 def test_a_damaged_manifest_is_made_again(voice: Path, prepare: Prepare) -> None:
     experiment = prepare(voice)
     experiment.manifest.write_text("{")
-    assert "5 utterances" in run_stage(STAGES["prepare"], experiment)
+    assert "5 utterances" in run_stage(stages_of(experiment.recipe)["prepare"], experiment)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,7 @@ def test_a_fault_of_the_moment_is_not_kept(
             experiment = prepare(voice, max_skipped=1.0)
             (fault,) = json.loads((experiment.root / "prepare.json").read_text())["left_out"]
             assert fault.endswith("b.wav: cannot be read: permission denied")
-            assert run_stage(STAGES["prepare"], experiment) == "prepare: up to date"
+            assert run_stage(stages_of(experiment.recipe)["prepare"], experiment) == "prepare: up to date"
         else:
             with pytest.raises(CorpusError, match=r"b\.wav: cannot be read: permission denied; 1 of 5"):
                 prepare(voice)
@@ -340,7 +343,7 @@ def test_too_few_utterances_are_refused(voice: Path, prepare: Prepare) -> None:
 
 def test_a_stage_runs_again_only_if_something_changed(voice: Path, prepare: Prepare) -> None:
     experiment = prepare(voice)
-    stage = STAGES["prepare"]
+    stage = stages_of(experiment.recipe)["prepare"]
     assert run_stage(stage, experiment) == "prepare: up to date"
     next(experiment.audio.iterdir()).unlink()
     assert "5 utterances" in run_stage(stage, experiment), "a lost file is made again"

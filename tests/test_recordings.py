@@ -18,8 +18,8 @@ from wavedistill import cli
 from wavedistill.corpus import recordings
 from wavedistill.corpus.recordings import flat_tops, loudness, read, speech, utterances
 from wavedistill.models.checkpoint import Checkpoint
-from wavedistill.models.models import WaveformModel
-from wavedistill.recipe.config import Recipe
+from wavedistill.models.waveform import WaveformModel
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech import audio
 from wavedistill.tools.errors import AudioError
 
@@ -264,7 +264,7 @@ def work(path):
         source = prepare.Source("a", "a", lambda rate: recordings.read(path, rate))
         assert prepare._clips(source, recipe, folder)
     else:
-        loaded = Checkpoint("student", recipe, 1, HEARD, build("student", recipe, 1))
+        loaded = Checkpoint("student", recipe, 1, HEARD, build(recipe, "student", 1))
         cli.stream = stream
         wave, _ = cli._synthesise(loaded, path, 0, 0.01, fused=False, bf16=False)
         cli.audio.write(folder / "out.wav", wave, 16000)

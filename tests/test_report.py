@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from wavedistill.experiment.experiment import Experiment, measured_on
-from wavedistill.recipe.config import Recipe
+from wavedistill.experiment.folder import Experiment, measured_on
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.stages.report import _current
 
 

@@ -15,31 +15,14 @@ import pytest
 import torch
 
 from tests.conftest import RECIPES, noise, small_flow, small_mel, small_model
-from wavedistill.flows.flows import (
-    Affine,
-    Autoregressive,
-    Elementwise,
-    MixtureCdf,
-    Scale,
-    StandardLogistic,
-    StandardNormal,
-)
-from wavedistill.models.models import compiler
-from wavedistill.recipe.config import Recipe
+from wavedistill.flows.bases import StandardLogistic, StandardNormal
+from wavedistill.flows.elementwise import Affine, Elementwise, MixtureCdf
+from wavedistill.flows.transforms import Autoregressive, Scale
+from wavedistill.models.compiling import compiler
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.sampling.compiled import AHEAD, _exponential, _solve_mixture
-from wavedistill.sampling.sampling import (
-    STREAM_VALUES,
-    Solver,
-    cached,
-    compiled,
-    conditioner_of,
-    graphed,
-    invert,
-    naive,
-    sample,
-    slices,
-    stream,
-)
+from wavedistill.sampling.sequential import Solver, cached, compiled, conditioner_of, graphed, invert, naive, sample
+from wavedistill.sampling.streaming import STREAM_VALUES, slices, stream
 
 SOLVERS = [cached, compiled]
 MIXTURES = [MixtureCdf(StandardNormal()), MixtureCdf(StandardLogistic())]
@@ -204,7 +187,7 @@ from wavedistill.sampling.sampling import stream
 
 torch.set_num_threads(1)
 recipe = load_recipe(Path(sys.argv[1]))
-model, generator = build("student", recipe, 0), random_stream(0)
+model, generator = build(recipe, "student", 0), random_stream(0)
 lengths = [8] * int(sys.argv[2]) + [2 * model.margin]
 pieces = (torch.full((1, recipe.audio.n_mels, length), -5.0) for length in lengths)
 count = sum(block.shape[1] for block in stream(model, pieces, lambda n: model.base.noise((1, n), generator)))

@@ -14,15 +14,19 @@ import torch
 import webdataset
 
 from tests.conftest import HEARD, write_voice
-from wavedistill.corpus.data import Manifest, Segments, random_stream, read_f0, read_samples
-from wavedistill.experiment.experiment import Experiment, run_stage
+from wavedistill.corpus.segments import Segments
+from wavedistill.corpus.utterances import Manifest, read_f0, read_samples
+from wavedistill.experiment.folder import Experiment
+from wavedistill.experiment.stage import run_stage
 from wavedistill.models.checkpoint import load, save_model
-from wavedistill.models.models import build
-from wavedistill.recipe.config import Recipe, validate_recipe
+from wavedistill.models.kinds import build
+from wavedistill.recipe.loading import validate_recipe
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech import audio
 from wavedistill.stages import prepare
 from wavedistill.tools.errors import CorpusError
 from wavedistill.tools.files import Stretch, replacing
+from wavedistill.tools.random import random_stream
 
 STORAGES = ("wav", "flac", "shards")
 
@@ -124,7 +128,7 @@ def test_a_licence_goes_with_every_checkpoint_and_prepares_nothing_anew(
     recipe = experiment.recipe.model_copy(update={"corpus": corpus})
     named = Experiment(recipe, experiment.root, experiment.device)
     assert run_stage(prepare.stage, named) == "prepare: up to date"
-    save_model(tmp_path / "a.safetensors", "teacher", recipe, 1, HEARD, build("teacher", recipe, 0).state_dict())
+    save_model(tmp_path / "a.safetensors", "teacher", recipe, 1, HEARD, build(recipe, "teacher", 0).state_dict())
     assert load(tmp_path / "a.safetensors")[1]["recipe"]["corpus"]["licence"] == "Jane Doe, CC BY 4.0"
 
 

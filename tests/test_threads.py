@@ -52,7 +52,7 @@ from wavedistill.models.models import build
 from wavedistill.sampling.sampling import sample
 import torch
 
-model = build("student", load_recipe(Path(sys.argv[1])), 0)
+model = build(load_recipe(Path(sys.argv[1])), "student", 0)
 mel, noise = torch.full((1, 80, 40 + 2 * model.margin), -5.0), model.base.noise((1, 8000), random_stream(0))
 
 def seconds(threads):

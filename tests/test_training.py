@@ -15,38 +15,38 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from tests.conftest import speech_like
+from tests.conftest import margin, speech_like
 from tests.test_audio import corpus
-from wavedistill.corpus.data import Batch, Manifest, Streams, dequantise, random_stream
-from wavedistill.experiment.experiment import Experiment, Stage, run_stage
+from wavedistill.corpus.segments import Batch, dequantise
+from wavedistill.corpus.utterances import Manifest
+from wavedistill.experiment.folder import Experiment
+from wavedistill.experiment.stage import Stage, run_stage
 from wavedistill.models import checkpoint
-from wavedistill.models.models import WaveformModel, build, margin
-from wavedistill.recipe.config import Recipe, validate_recipe
-from wavedistill.sampling.sampling import sample
+from wavedistill.models.kinds import build
+from wavedistill.models.waveform import WaveformModel
+from wavedistill.recipe.loading import validate_recipe
+from wavedistill.recipe.recipe import Recipe
+from wavedistill.sampling.sequential import sample
 from wavedistill.speech.audio import LogMel, rms_db
 from wavedistill.speech.pitch import PitchPredictor
 from wavedistill.tools.errors import CheckpointError, CorpusError, TrainingError
+from wavedistill.tools.random import Streams, random_stream
+from wavedistill.training.batches import Batches, read_ahead
+from wavedistill.training.learner import Learner, update_average
+from wavedistill.training.likelihood import likelihood_task
+from wavedistill.training.loop import Outcome, fit
 from wavedistill.training.losses import negative_log_likelihood
-from wavedistill.training.tasks import Task, teacher_task
-from wavedistill.training.training import (
-    Batches,
-    Learner,
-    Outcome,
-    fit,
-    learning_rate,
-    read_ahead,
-    saved_states,
-    update_average,
-)
+from wavedistill.training.state import saved_states
+from wavedistill.training.task import Task, learning_rate
 
 STEPS = 24
 
 
 @pytest.fixture
 def recipe(tiny_data: dict[str, Any]) -> Recipe:
-    tiny_data["teacher"]["layers"] = 3
+    tiny_data["models"]["teacher"]["layers"] = 3
     tiny_data["linear_prediction"]["order"] = 0  # which leaves the network more to learn
-    tiny_data["teacher"]["training"].update(
+    tiny_data["training"]["teacher"].update(
         steps=STEPS, batch_size=2, segment_frames=4, validate_every=8, validate_batches=1
     )
     return validate_recipe(tiny_data, "tiny.toml")
@@ -80,7 +80,7 @@ def train(tmp_path: Path, recipe: Recipe) -> Train:
                 "pitch": model.pitch.loss(batch.mel, batch.f0),
             }
 
-        settings = recipe.teacher.training.model_copy(update={"steps": steps})
+        settings = recipe.training.teacher.model_copy(update={"steps": steps})
         task = Task(
             "teacher",
             settings,
@@ -397,7 +397,7 @@ def test_a_likelihood_is_learnt_from_dequantised_audio(
     mel = LogMel(tiny.audio).of_file(wide)
     batch = Batch(wide[:, cut:-cut], wide, mel, torch.zeros(2, frames))
     streams = [[random_stream(0, item) for item in range(2)] for _ in range(2)]
-    found = teacher_task(tiny).terms(model, batch, streams[0])["nll"]
+    found = likelihood_task(tiny).terms(model, batch, streams[0])["nll"]
     audio = dequantise(wide, streams[1])
     residual, ladj = model.analyse(audio, mel)
     expected = -(model.residual(mel, batch.f0).log_prob_steps(residual) + ladj).mean()
@@ -418,7 +418,7 @@ def test_average_weighs_the_old_value_with_the_decay() -> None:
 
 
 def test_learning_rate_rises_then_falls(recipe: Recipe) -> None:
-    settings = recipe.teacher.training.model_copy(update={"steps": 100, "warmup_steps": 9, "learning_rate": 1.0})
+    settings = recipe.training.teacher.model_copy(update={"steps": 100, "warmup_steps": 9, "learning_rate": 1.0})
     rates = [learning_rate(settings, step) for step in range(100)]
     assert abs(rates[0] - 0.1) < 1e-2
     assert rates.index(max(rates)) == 9
@@ -436,7 +436,7 @@ def test_before_the_first_step_a_sample_has_the_level_of_the_data(
     """Of all data without linear prediction; with it, of the very recording whose log-mel is given."""
     tiny_data["linear_prediction"]["order"] = order
     tiny_data[kind]["base"] = base
-    tiny_data["student"]["loss"]["kl_estimator"] = "mc"  # for any base
+    tiny_data["training"]["student"]["loss"]["kl_estimator"] = "mc"  # for any base
     recipe = validate_recipe(tiny_data, "tiny.toml")
     model = build(kind, recipe, seed=0)
     recording = speech_like(8000) * 10 ** (recipe.audio.level_db / 20) / speech_like(8000).std()
@@ -447,7 +447,7 @@ def test_before_the_first_step_a_sample_has_the_level_of_the_data(
 
 
 def test_the_bound_of_log_scale_never_stops_the_gradient(tiny: Recipe) -> None:
-    model = build("teacher", tiny, seed=0)
+    model = build(tiny, "teacher", seed=0)
     ((flow, _),) = model.flows.conditioned(None)
     conditioner = flow.conditioner
     with torch.no_grad():

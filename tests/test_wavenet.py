@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import noise, small_flow, small_wavenet
-from wavedistill.models.models import compile_networks
-from wavedistill.networks.wavenet import MelEncoder, WaveNet, WaveNetState
+from wavedistill.models.compiling import compile_networks
+from wavedistill.networks.encoder import MelEncoder
+from wavedistill.networks.wavenet import WaveNet, WaveNetState
 
 LENGTH = 41
 

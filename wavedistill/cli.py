@@ -1,36 +1,37 @@
-"""The command line `wavedistill`."""
+"""The command line `wavedistill`. It answers for itself before it imports what computes."""
 
 import os
 import sys
-from collections.abc import Iterator
-from enum import StrEnum
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import Tensor
+from typer.core import TyperGroup
 
 from wavedistill import __version__
-from wavedistill.corpus import recordings
-from wavedistill.corpus.data import random_stream
-from wavedistill.experiment.experiment import Experiment, run_stage
-from wavedistill.models.checkpoint import Checkpoint, load_model
-from wavedistill.models.foreign import examine, examine_f0
-from wavedistill.networks.threads import settle
-from wavedistill.recipe.config import load_recipe
-from wavedistill.sampling.sampling import sample, slices, stream
-from wavedistill.speech import audio
-from wavedistill.stages import STAGES
-from wavedistill.stages import benchmark as benchmarks
-from wavedistill.tools.engine import launch, processes
 from wavedistill.tools.errors import AudioError, RecipeError, UserError
-from wavedistill.tools.files import named, shown
-from wavedistill.tools.memory import keep_freed_memory
-from wavedistill.tools.progress import note
+
+if TYPE_CHECKING:
+    import torch
+
+    from wavedistill.experiment.folder import Experiment
+
+MOST_THREADS = 1024
+
+
+class Commands(TyperGroup):
+    """The commands, and, by its name, each training of a recipe."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found = super().get_command(ctx, cmd_name)
+        words = sys.argv[sys.argv.index(cmd_name) + 1 :] if cmd_name in sys.argv else []
+        return found or (typer.main.get_command(_only(cmd_name)) if any(map(_recipe, words)) else None)
+
 
 app = typer.Typer(
     name="wavedistill",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,33 +40,24 @@ app = typer.Typer(
     help="""Distil a sequential WaveNet teacher into a parallel student, and compare the two.
 
 A recipe (a TOML file) describes one experiment; its stages run in order and leave their files in `exp/<recipe name>/`:
-**prepare**, **teacher**, **student**, **evaluate**, **benchmark**, **report**.
+**prepare**, each of its trainings (**teacher**, **student**), **evaluate**, **benchmark**, **report**.
 
 Examples:
 
-- `wavedistill run recipes/demo.toml` - everything, from a corpus to a report
+- `wavedistill run demo` - everything, from a corpus to a report
+- `wavedistill new my.toml` - a recipe for a voice of your own
 - `wavedistill run my.toml --from teacher --until student` - the two trainings
-- `wavedistill teacher my.toml --set teacher.training.steps=20000` - one stage, one setting changed
+- `wavedistill teacher my.toml --set training.teacher.steps=20000` - one training, one setting changed
 - `wavedistill generate exp/demo/student/checkpoint.safetensors speech.wav --out out` - a waveform from a checkpoint
 """,
 )
 
-MOST_CLIPPED = 0.01
-"""Share of the samples drawn beyond which they are no speech."""
-MOST_THREADS = 1024
-TRACKED = 6
-"""Pieces of a recording, of ten seconds for instance, whose F0 is compared with that of the training."""
-OTHER_ARRAYS = {
-    ".npz": "numpy.save('m.npy', numpy.load('m.npz')['its name'])",
-    **dict.fromkeys((".pt", ".pth"), "numpy.save('m.npy', torch.load('m.pt').numpy())"),
-}
-"""What log-mels come in, too, and how to make a `.npy` file of it."""
-StageName = StrEnum("StageName", {name: name for name in STAGES})  # type: ignore[misc]
-FIRST, *_, LAST = StageName
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The TOML file that describes the experiment.")]
+RecipePath = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="The TOML file that describes the experiment, or a shipped one's name.")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. `teacher.training.steps=500`; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. `training.teacher.steps=500`; repeatable."),
 ]
 Root = Annotated[Path, typer.Option("--exp", metavar="DIR", help="The folder that holds the experiments' folders.")]
 Device = Annotated[
@@ -82,8 +74,8 @@ Threads = Annotated[
 @app.command()
 def run(
     recipe: RecipePath,
-    first: Annotated[StageName, typer.Option("--from", help="The first stage to run.")] = FIRST,
-    last: Annotated[StageName, typer.Option("--until", help="The last stage to run.")] = LAST,
+    first: Annotated[str, typer.Option("--from", metavar="STAGE", help="The first stage to run.")] = "prepare",
+    last: Annotated[str, typer.Option("--until", metavar="STAGE", help="The last stage to run.")] = "report",
     overrides: Overrides = None,
     root: Root = Path("exp"),
     device: Device = "auto",
@@ -93,14 +85,27 @@ def run(
 
     To run a stage again all the same, delete the file it wrote.
     """
-    names = list(STAGES)
-    chosen = names[names.index(first) : names.index(last) + 1]
-    if not chosen:
-        raise typer.BadParameter(f"--from {first} comes after --until {last}; the order is {', '.join(names)}")
-    _run(chosen, recipe, overrides, root, device, threads)
+    _run(lambda names: _between(names, first, last), recipe, overrides, root, device, threads)
 
 
-def _add_stage(name: str) -> None:
+@app.command()
+def new(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The recipe to write, my_voice.toml for instance.")],
+) -> None:
+    """Write a recipe for a voice of your own, with a word on every key."""
+    from wavedistill.recipe.loading import shipped
+
+    if path.suffix != ".toml":
+        raise typer.BadParameter(f"{path}: a recipe's name ends in .toml")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write((shipped() / "own_voice.toml").read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise UserError(f"{path}: is there already; give another name, or remove it") from error
+    typer.echo(f"{path}: say in [corpus] where your recordings are; then: wavedistill run {path}")
+
+
+def _single(names: list[str]) -> Callable[..., None]:
     def command(
         recipe: RecipePath,
         overrides: Overrides = None,
@@ -108,17 +113,40 @@ def _add_stage(name: str) -> None:
         device: Device = "auto",
         threads: Threads = "auto",
     ) -> None:
-        _run([name], recipe, overrides, root, device, threads)
+        _run(lambda known: [_known(name, known) for name in names], recipe, overrides, root, device, threads)
 
-    app.command(name, help=STAGES[name].summary, rich_help_panel="Single stages")(command)
-
-
-for _name in STAGES:
-    if _name != "benchmark":
-        _add_stage(_name)
+    return command
 
 
-@app.command(help=STAGES["benchmark"].summary, rich_help_panel="Single stages")
+def _recipe(word: str) -> bool:
+    """Whether a word is a recipe, beside which another may be the name of one of its trainings."""
+    from wavedistill.recipe.loading import find
+
+    try:
+        return find(word).is_file()
+    except RecipeError:
+        return False
+
+
+def _only(name: str) -> typer.Typer:
+    """A command for one training, whose name only its recipe knows."""
+    single = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+    single.command(name, help=f"The training of a recipe that is called {name}.")(_single([name]))
+    return single
+
+
+SINGLE = {
+    "prepare": "Turn a corpus into mono, trimmed, level-normalised utterances with train, valid and test splits.",
+    "teacher": "Train the model of this name; so does the name of any other training of a recipe.",
+    "student": "Train the model of this name, of what its recipe says.",
+    "evaluate": "Measure densities, and score copy-synthesis of the test split.",
+    "report": "Show the experiment on one self-contained page: sound, spectrograms, losses, speed and scores.",
+}
+for _name, _help in SINGLE.items():
+    app.command(_name, help=_help, rich_help_panel="Single stages")(_single([_name]))
+
+
+@app.command(rich_help_panel="Single stages")
 def benchmark(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -131,19 +159,23 @@ def benchmark(
             "--full", help="Durations up to a minute, batches, and students of several sizes, in a table beside."
         ),
     ] = False,
-    train: Annotated[bool, typer.Option("--train", help="Steps of both trainings, in a table beside.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Steps of the trainings, in a table beside.")] = False,
 ) -> None:
-    """One stage, and two more for tables that take longer."""
+    """Time the samplers of a recipe's models: naive, cached, compiled or graphed; parallel, streamed, fused."""
     experiment = _experiment(recipe, overrides, root, device, threads)
+    from wavedistill.experiment.stage import run_stage
+    from wavedistill.stages import benchmark as benchmarks
+
+    names = list(experiment.recipe.training)
     wanted = [stage for stage, asked in ((benchmarks.full, full), (benchmarks.train, train)) if asked]
     for stage in wanted or [benchmarks.stage]:
-        typer.echo(run_stage(stage, experiment))
+        typer.echo(run_stage(stage(names), experiment))
 
 
 @app.command()
 def generate(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint.safetensors of a teacher or a student.")
+        Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint.safetensors of a trained model.")
     ],
     inputs: Annotated[
         list[Path],
@@ -157,10 +189,10 @@ def generate(
         float, typer.Option(min=0, help="Scale of the noise; below 1 is cleaner and less varied.")
     ] = 1.0,
     fused: Annotated[
-        bool, typer.Option("--fused", help="Compile a student first, half a minute: faster on most CPUs.")
+        bool, typer.Option("--fused", help="Compile a parallel model first, half a minute: faster on most CPUs.")
     ] = False,
     bf16: Annotated[
-        bool, typer.Option("--bf16", help="A student's networks in bfloat16, for GPUs that are faster at it.")
+        bool, typer.Option("--bf16", help="A parallel model's networks in bfloat16, for GPUs that are faster at it.")
     ] = False,
     device: Device = "auto",
     threads: Threads = "auto",
@@ -173,11 +205,19 @@ def generate(
 
     Example: `wavedistill generate exp/demo/student/checkpoint.safetensors *.wav mel.npy --out out`
     """
-    _refuse_torchrun("generate")
-    loaded, wanted_threads = load_model(checkpoint, _device(device)), _threads(threads)
+    from wavedistill.networks.threads import settle
+    from wavedistill.speech import audio
+    from wavedistill.tools.engine import processes
+    from wavedistill.tools.files import named, shown
+    from wavedistill.tools.progress import note
+    from wavedistill.vocoder.vocoder import load
+
+    if processes() > 1:
+        raise UserError("generate: run it without torchrun: one process does it alone")
+    vocoder, wanted_threads = load(checkpoint, _device(device)), _threads(threads)
     for name, wanted in (("--fused", fused), ("--bf16", bf16)):
-        if wanted and loaded.kind != "student":
-            raise typer.BadParameter(f"{name}: is for students, and {checkpoint} is a {loaded.kind}")
+        if wanted and not vocoder.model.draws_in_parallel:
+            raise typer.BadParameter(f"{name}: is for parallel models, and {checkpoint} draws sample by sample")
     outputs = [out / named(path.stem, ".wav") for path in inputs]
     for path, target in zip(inputs, outputs, strict=True):
         if outputs.count(target) > 1:
@@ -187,18 +227,18 @@ def generate(
         if os.path.realpath(target) == os.path.realpath(path):
             raise UserError(f"{shown(path)}: --out {shown(out)} would overwrite this input; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    settle(wanted_threads, loaded.model.networks[0])
+    settle(wanted_threads, vocoder.model.networks[0])
     if fused:
         note("the networks are compiled first, for half a minute or so")
     failures = []
     for path, target in zip(inputs, outputs, strict=True):
         try:
-            wave, clipped = _synthesise(loaded, path, seed, temperature, fused=fused, bf16=bf16)
+            wave, clipped = vocoder.of_file(path, seed, temperature, fused=fused, bf16=bf16)
         except AudioError as error:
             failures.append(str(error))
             continue
-        audio.write(target, wave, loaded.recipe.audio.sample_rate)
-        typer.echo(f"{shown(target)}: {len(wave) / loaded.recipe.audio.sample_rate:.2f} s")
+        audio.write(target, wave, vocoder.sample_rate)
+        typer.echo(f"{shown(target)}: {len(wave) / vocoder.sample_rate:.2f} s")
         if clipped:
             note(f"{shown(target)}: {clipped} samples were louder than 16 bits hold and are clipped")
     if failures and len(inputs) > 1:
@@ -207,71 +247,55 @@ def generate(
         raise AudioError("\n".join(failures))
 
 
-def _synthesise(
-    loaded: Checkpoint, path: Path, seed: int, temperature: float, *, fused: bool, bf16: bool
-) -> tuple[Tensor, int]:
-    """The waveform (T,) for one input file, and how many of its samples clip.
+def _run(
+    chosen: Callable[[list[str]], list[str]],
+    recipe: str,
+    overrides: list[str] | None,
+    root: Path,
+    device: str,
+    threads: str,
+) -> None:
+    """Run some of a recipe's stages, chosen from the names of all."""
+    experiment = _experiment(recipe, overrides, root, device, threads, chosen)
+    from wavedistill.experiment.stage import run_stage
+    from wavedistill.stages import stages_of
+    from wavedistill.tools.engine import launch
 
-    Raises:
-        AudioError: if the file holds nothing to synthesise, or what is drawn from it is no sound.
-    """
-    settings, margin, suffix = loaded.recipe.audio, loaded.model.margin, path.suffix.lower()
-    if suffix in OTHER_ARRAYS:
-        raise AudioError(f"{shown(path)}: log-mels are read from .npy files; convert it: {OTHER_ARRAYS[suffix]}")
-    if suffix == ".npy":
-        given = audio.read_log_mel(path, settings.n_mels)
-        said, gain, frames = examine(path, given, loaded.heard), 1.0, given.shape[1]
-        mel = iter([audio.pad_frames(given.clamp_min(audio.LOG_MEL_FLOOR)[None], margin)])
-    else:
-        samples = audio.pad_to_hops(recordings.read(path, settings.sample_rate), settings.hop_length)
-        pieces, gain = recordings.speech(samples, loaded.recipe)
-        speech = audio.pad_to_hops(torch.cat(pieces[:TRACKED]), settings.hop_length)
-        said, frames = examine_f0(speech, settings, loaded.heard), len(samples) // settings.hop_length
-        mel = audio.LogMel(settings).of_blocks(samples.mul_(gain)[None], margin)
-    if said:
-        note(f"{shown(path)}: {said}")
-    model, device = loaded.model, next(loaded.model.parameters()).device
-    mel = (piece.to(device) for piece in mel)
-    length = frames * settings.hop_length
-    noise = model.base.noise((1, length), random_stream(seed)).to(device).mul_(temperature)
-    wave, end, clipped = torch.empty(length), 0, 0
-    for block in _drawn(loaded, mel, noise, path.name, fused=fused, bf16=bf16):
-        block = block[0].cpu() / gain
-        if not block.isfinite().all():
-            raise AudioError(
-                f"{shown(path)}: the {loaded.kind} drew values that are not finite; try a lower --temperature"
-            )
-        clipped += int((block.abs() > 1).sum())
-        wave[end : end + len(block)], end = block, end + len(block)
-    if clipped > MOST_CLIPPED * length:
-        raise AudioError(
-            f"{shown(path)}: {clipped / length:.0%} of what is drawn from it passes full scale, so nothing is written: "
-            "a log-mel has to be the natural logarithm of amplitudes, of sound at the level of the training"
-        )
-    return wave, clipped
+    stages = stages_of(experiment.recipe)
+    for name in chosen(list(stages)):
+        launch(experiment.device).print(run_stage(stages[name], experiment))  # the first of several processes
 
 
-def _drawn(
-    loaded: Checkpoint, mel: Iterator[Tensor], noise: Tensor, label: str, *, fused: bool, bf16: bool
-) -> Iterator[Tensor]:
-    """Blocks (1, n) of the waveform that a model draws from pieces of a log-mel, with all noise (1, T)."""
-    if loaded.kind == "student":
-        with torch.autocast(noise.device.type, torch.bfloat16, enabled=bf16):
-            yield from stream(loaded.model, mel, slices(noise), compiled=fused)
-    else:
-        with torch.inference_mode():
-            yield sample(loaded.model(torch.cat(list(mel), -1)), noise, label=label)
+def _known(name: str, names: list[str]) -> str:
+    if name not in names:
+        raise typer.BadParameter(f"{name}: no stage of this recipe; there are {', '.join(names)}")
+    return name
 
 
-def _run(names: list[str], path: Path, overrides: list[str] | None, root: Path, device: str, threads: str) -> None:
-    experiment = _experiment(path, overrides, root, device, threads)
-    for name in names:
-        launch(experiment.device).print(run_stage(STAGES[name], experiment))  # the first of several processes
+def _between(names: list[str], first: str, last: str) -> list[str]:
+    begin, end = (names.index(_known(name, names)) for name in (first, last))
+    if begin > end:
+        raise typer.BadParameter(f"--from {first} comes after --until {last}; the order is {', '.join(names)}")
+    return names[begin : end + 1]
 
 
-def _experiment(path: Path, overrides: list[str] | None, root: Path, device: str, threads: str) -> Experiment:
-    recipe = load_recipe(path, overrides or [])
-    return Experiment(recipe, root / recipe.name, launch(_device(device)).device, _threads(threads))
+def _experiment(
+    path: str,
+    overrides: list[str] | None,
+    root: Path,
+    device: str,
+    threads: str,
+    chosen: Callable[[list[str]], list[str]] = list,
+) -> "Experiment":
+    """The experiment that a command is about; what is wrong in the command is said before anything slow is imported."""
+    from wavedistill.recipe.loading import load_recipe
+
+    recipe, number = load_recipe(path, overrides or []), _threads(threads)
+    chosen(["prepare", *recipe.training, "evaluate", "benchmark", "report"])
+    from wavedistill.experiment.folder import Experiment
+    from wavedistill.tools.engine import launch
+
+    return Experiment(recipe, root / recipe.name, launch(_device(device)).device, number)
 
 
 def _threads(number: str) -> int | None:
@@ -282,7 +306,11 @@ def _threads(number: str) -> int | None:
     return int(number)
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str) -> "torch.device":
+    import torch
+
+    from wavedistill.tools.engine import processes
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -298,11 +326,6 @@ def _device(name: str) -> torch.device:
             f"--device {name}: of several processes each takes a GPU of its own; try {device.type}"
         )
     return device
-
-
-def _refuse_torchrun(command: str) -> None:
-    if processes() > 1:
-        raise UserError(f"{command}: run it without torchrun: one process does it alone")
 
 
 def _version(wanted: bool) -> None:
@@ -322,6 +345,8 @@ def common(
 
 def main() -> None:
     """Entry point: a user's mistake ends in one clear message, 2 for usage and recipes, 1 for everything else."""
+    from wavedistill.tools.memory import keep_freed_memory
+
     keep_freed_memory()
     try:
         app()

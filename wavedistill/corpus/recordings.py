@@ -15,7 +15,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from wavedistill.recipe.config import Recipe
+from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import PCM16_STEPS, level_gain, squares
 from wavedistill.tools.errors import AudioError
 from wavedistill.tools.files import shown

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from wavedistill.corpus import recordings
-from wavedistill.recipe.config import Corpus, DebianCorpus, FolderCorpus, NanottsCorpus
+from wavedistill.recipe.sections import Corpus, DebianCorpus, FolderCorpus, NanottsCorpus
 from wavedistill.speech.audio import PCM16_STEPS
 from wavedistill.tools.errors import CorpusError
 from wavedistill.tools.files import named, shown
@@ -79,8 +79,9 @@ def unused(corpus: Corpus) -> list[str]:
 def _nanotts(corpus: NanottsCorpus) -> list[Source]:
     if find_spec("py_nanotts") is None:
         raise CorpusError("corpus.kind = 'nanotts' needs the package py-nanotts: pip install 'wavedistill[demo]'")
+    text = "/".join(Path(corpus.text).parts[-2:])  # the same wherever its folder lies, because splits follow from it
     return [
-        Source(f"{line:05d}", f"{corpus.text}, sentence {line}", partial(_speak, sentence, corpus.voice))
+        Source(f"{line:05d}", f"{text}, sentence {line}", partial(_speak, sentence, corpus.voice))
         for line, sentence in enumerate(_sentences(corpus), 1)
     ]
 
@@ -135,7 +136,7 @@ def _unpacked(corpus: DebianCorpus) -> FolderCorpus:
     Raises:
         CorpusError: if the package cannot be fetched or unpacked, or is not the one that the recipe means.
     """
-    root = _own(corpus.path)
+    root = _own(corpus.path or f"~/.cache/wavedistill/{corpus.package}")
     unpacked, page = root / corpus.sha256, f"https://packages.debian.org/{corpus.package}"
     if not unpacked.is_dir():
         root.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from wavedistill.recipe.config import Audio
+from wavedistill.recipe.sections import Audio
 from wavedistill.speech.audio import LOG_MEL_FLOOR, LogMel, mel_filters, pad_frames, rms_db
 
 PESQ_SAMPLE_RATE = 16000

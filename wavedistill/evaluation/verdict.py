@@ -1,9 +1,9 @@
-"""What a student's scores are worth: beside those of systems without training, and against the gates of a recipe."""
+"""What a model's scores are worth: beside those of systems without training, and against the gates of a recipe."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from wavedistill.recipe.config import Gates
+from wavedistill.recipe.sections import Gates
 
 Scores = dict[str, float | None]
 """Of one clip, or of a system: by name, None where there is nothing to measure."""
@@ -25,7 +25,7 @@ COMPARED = {
     "stoi": Score("STOI", 3, "", 1),
     "mcd_db": Score("MCD", 2, " dB", -1),
 }
-"""Scores in which a student is to be better than systems without training."""
+"""Scores in which a model is to be better than systems without training."""
 
 
 def mean(scores: list[Scores]) -> Scores:
@@ -37,19 +37,19 @@ def mean(scores: list[Scores]) -> Scores:
     return means
 
 
-def against_untrained(synthesis: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
-    """The student's scores beside those of the best system that needs no training, for each score that both have.
+def against_untrained(synthesis: Mapping[str, Scores], system: str) -> dict[str, dict[str, Any]]:
+    """A system's scores beside those of the best that needs no training, for each score that both have.
 
-    `gain` is how much better the student is: positive where it is better, in the score's own unit.
+    `gain` is how much better the system is: positive where it is better, in the score's own unit.
     """
     found = {}
     for name, (_, _, _, sign) in COMPARED.items():
-        own = synthesis["student"][name]
-        others = {system: value for system in UNTRAINED if (value := synthesis[system][name]) is not None}
+        own = synthesis[system][name]
+        others = {o: value for o in UNTRAINED if o in synthesis and (value := synthesis[o][name]) is not None}
         if own is None or not others:
             continue
-        best = max(others, key=lambda system: sign * others[system])
-        found[name] = {"student": own, "best": others[best], "system": best, "gain": sign * (own - others[best])}
+        best = max(others, key=lambda other: sign * others[other])
+        found[name] = {"own": own, "best": others[best], "system": best, "gain": sign * (own - others[best])}
     return found
 
 
@@ -60,25 +60,25 @@ def in_words(compared: Mapping[str, Mapping[str, Any]]) -> str:
         label, digits, unit, _ = COMPARED[name]
         verdict = "better than" if found["gain"] > 0 else "worse than"
         by = f"{abs(found['gain']):.{digits}f}{unit}"
-        parts.append(f"{label} {found['student']:.{digits}f}{unit} ({by} {verdict} {found['system']})")
+        parts.append(f"{label} {found['own']:.{digits}f}{unit} ({by} {verdict} {found['system']})")
     return ", ".join(parts) or "no score to compare with a system without training"
 
 
 def gates(
-    student: list[Scores], recorded: list[Scores], compared: Mapping[str, Mapping[str, Any]], thresholds: Gates
+    drawn: list[Scores], recorded: list[Scores], compared: Mapping[str, Mapping[str, Any]], thresholds: Gates
 ) -> dict[str, dict[str, Any]]:
-    """What the student's speech must not fall short of: the value, its threshold, and whether it passed.
+    """What a model's speech must not fall short of: the value, its threshold, and whether it passed.
 
     `level_db` and `tilt_db` are means over clips of a difference's magnitude, with a largest value; `vuv_f1`,
-    `periodicity` as a share of the recordings' own, and `better_scores`, the number of scores in which the student is
+    `periodicity` as a share of the recordings' own, and `better_scores`, the number of scores in which the model is
     better than every system without training, have a least one. What could not be measured, for instance in silence,
     has not passed.
     """
 
     def magnitude(name: str) -> float | None:
-        return mean([{name: None if (value := clip[name]) is None else abs(value)} for clip in student])[name]
+        return mean([{name: None if (value := clip[name]) is None else abs(value)} for clip in drawn])[name]
 
-    means, given = mean(student), mean(recorded)["periodicity"]
+    means, given = mean(drawn), mean(recorded)["periodicity"]
     share = means["periodicity"] / given if means["periodicity"] is not None and given else None
     better = sum(score["gain"] > 0 for score in compared.values())
     least = {"vuv_f1": means["vuv_f1"], "periodicity": share, "better_scores": better}

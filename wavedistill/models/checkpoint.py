@@ -4,9 +4,10 @@ They are safetensors: tensors, and a header of plain values. Nothing in such a f
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -14,25 +15,27 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wavedistill.corpus.data import Heard
-from wavedistill.models.models import WaveformModel, build
-from wavedistill.recipe.config import Recipe, validate_recipe
+from wavedistill.models.kinds import build
+from wavedistill.models.waveform import WaveformModel
+from wavedistill.recipe.loading import validate_recipe
+from wavedistill.recipe.models import OwnModel
+from wavedistill.recipe.recipe import Recipe
+from wavedistill.speech.heard import Heard
 from wavedistill.tools.errors import CheckpointError, RecipeError
 from wavedistill.tools.files import replacing
 
 HEADER = "wavedistill"
 """The one key of the file's metadata; its value is JSON. One, because the order of several is left to chance."""
-VERSION = 4
+VERSION = 5
 """Of the format; raised when files of the old one can no longer be read."""
 SUFFIX = ".safetensors"
 MODEL_FILE = f"checkpoint{SUFFIX}"
-Kind = Literal["teacher", "student"]
 
 
 class Checkpoint(NamedTuple):
     """A trained model and what is known of it."""
 
-    kind: Kind
+    name: str
     recipe: Recipe
     step: int
     heard: Heard
@@ -42,7 +45,7 @@ class Checkpoint(NamedTuple):
 class ModelHeader(BaseModel):
     """What a model's file says beside its weights; the recipe is validated by its own rules."""
 
-    kind: Kind
+    name: str
     recipe: dict[str, Any]
     step: NonNegativeInt
     heard: Heard
@@ -55,7 +58,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -
         CheckpointError: if it cannot be written, for instance because the disk is full; nothing is left behind.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({"version": VERSION, **header}, sort_keys=True, allow_nan=False)
+    text = json.dumps({"version": VERSION, **header}, allow_nan=False)  # trainings have an order
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -96,9 +99,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def save_model(path: Path, kind: Kind, recipe: Recipe, step: int, heard: Heard, weights: Mapping[str, Tensor]) -> None:
+def save_model(path: Path, name: str, recipe: Recipe, step: int, heard: Heard, weights: Mapping[str, Tensor]) -> None:
     """Write the weights of a model after a training step, with the recipe that builds it and what it was trained on."""
-    header = {"kind": kind, "recipe": recipe.model_dump(mode="json"), "step": step, "heard": heard.model_dump()}
+    header = {"name": name, "recipe": recipe.model_dump(mode="json"), "step": step, "heard": heard.model_dump()}
     save(path, weights, header)
 
 
@@ -110,14 +113,12 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
             version of wavedistill.
     """
     weights, content = load(path)
-    if "kind" not in content:
-        raise CheckpointError(
-            f"{path}: the state of a training, not a model; give the {MODEL_FILE} of a teacher or student folder"
-        )
+    if "name" not in content:
+        raise CheckpointError(f"{path}: the state of a training, not a model; give the {MODEL_FILE} beside it")
     try:
         header = ModelHeader.model_validate(content)
         recipe = validate_recipe(header.recipe, f"{path}, recipe inside")
-        model = build(header.kind, recipe, seed=0)
+        model = _built(path, recipe, header.name)
         model.load_state_dict(weights)
     except (RecipeError, RuntimeError, ValidationError) as error:
         reason = " ".join(str(error).split())
@@ -126,7 +127,20 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
         if not weight.isfinite().all():
             raise CheckpointError(f"{path}: holds weights that are not finite ({name}): take an earlier one")
     model.to(device).eval().requires_grad_(False)
-    return Checkpoint(header.kind, recipe, header.step, header.heard, model)
+    return Checkpoint(header.name, recipe, header.step, header.heard, model)
+
+
+def _built(path: Path, recipe: Recipe, name: str) -> WaveformModel:
+    """The model that a checkpoint's recipe describes; a file brings no code, so its own kinds are imported before."""
+    settings = recipe.models.get(name)
+    if settings is None:
+        raise RecipeError(f"its recipe has no models.{name}")
+    if isinstance(settings, OwnModel) and settings.kind.partition(":")[0] not in sys.modules:
+        raise CheckpointError(
+            f"{path}: its model is of the kind {settings.kind}, which is code of somebody's own: import it before, if "
+            "you trust it"
+        )
+    return build(recipe, name, seed=0)
 
 
 def set_aside(path: Path) -> Path:

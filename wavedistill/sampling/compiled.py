@@ -19,8 +19,10 @@ from numba.core import types
 from numba.extending import intrinsic, models, overload, register_model
 from torch import Tensor, nn
 
-from wavedistill.flows.flows import Autoregressive, MixtureCdf, StandardNormal
-from wavedistill.models.models import ConditionerNetwork
+from wavedistill.flows.bases import StandardNormal
+from wavedistill.flows.elementwise import MixtureCdf
+from wavedistill.flows.transforms import Autoregressive
+from wavedistill.models.conditioner import ConditionerNetwork
 from wavedistill.networks.wavenet import WaveNetState
 
 NEWTON_STEPS = MixtureCdf.ITERATIONS

@@ -12,7 +12,7 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
-from wavedistill.recipe.config import Audio
+from wavedistill.recipe.sections import Audio
 from wavedistill.tools.errors import AudioError
 from wavedistill.tools.files import replacing, shown
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavedistill.flows.flows import Context, Transform
-from wavedistill.recipe.config import Audio
+from wavedistill.flows.transforms import Context, Transform
+from wavedistill.recipe.sections import Audio
 from wavedistill.speech.audio import PCM16_STEPS, mel_filters
 
 LAG_WINDOW_HZ = 40

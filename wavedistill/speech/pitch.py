@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wavedistill.networks.wavenet import normalise_log_mel
-from wavedistill.recipe.config import Audio
+from wavedistill.networks.encoder import normalise_log_mel
+from wavedistill.recipe.sections import Audio
+from wavedistill.speech.conditioning import Conditioning
 
 PITCH_CHANNELS = 2
 """Of `PitchPredictor.features`."""
@@ -135,14 +136,10 @@ class PitchPredictor(nn.Module):
         voiced = f0 > 0
         return torch.stack([voiced.to(f0.dtype), height.where(voiced, 0.0)], 1)
 
-    def loss(self, mel: Tensor, f0: Tensor) -> Tensor:
-        """Cross-entropy of voicing, and where voiced of F0's bin, in nats a frame.
-
-        Args:
-            mel: log-mel (B, n_mels, F + 2 PITCH_CONTEXT).
-            f0: that of the audio in the same frames, of which the middle F count.
-        """
-        f0 = f0[:, PITCH_CONTEXT : f0.shape[1] - PITCH_CONTEXT]
+    def loss(self, told: Conditioning) -> Tensor:
+        """Cross-entropy of voicing, and where voiced of F0's bin, in nats a frame, of frames whose F0 is known."""
+        assert told.f0 is not None
+        f0, mel = told.f0[:, PITCH_CONTEXT : told.f0.shape[1] - PITCH_CONTEXT], told.mel
         voicing, bins = self._logits(mel)
         voiced = (f0 > 0).to(mel.dtype)
         width = (self.high - self.low) / (BINS - 1)

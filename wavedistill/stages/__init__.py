@@ -1,8 +1,13 @@
 """The stages of a recipe, in the order they run; a stage reads files, calls the library and writes files."""
 
-from wavedistill.experiment.experiment import Stage
-from wavedistill.stages import benchmark, evaluate, prepare, report, student, teacher
+from wavedistill.experiment.stage import Stage
+from wavedistill.recipe.recipe import Recipe
+from wavedistill.stages import benchmark, evaluate, prepare, report, train
 
-STAGES: dict[str, Stage] = {
-    module.stage.name: module.stage for module in (prepare, teacher, student, evaluate, benchmark, report)
-}
+
+def stages_of(recipe: Recipe) -> dict[str, Stage]:
+    """The stages of a recipe by name: preparation, each training in its order, evaluation, benchmark and report."""
+    names = list(recipe.training)
+    every = [prepare.stage(), *(train.stage(name, recipe) for name in names)]
+    every += [module.stage(names) for module in (evaluate, benchmark, report)]
+    return {stage.name: stage for stage in every}

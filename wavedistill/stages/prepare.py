@@ -21,14 +21,16 @@ import torch
 
 from wavedistill.corpus import recordings
 from wavedistill.corpus import sources as corpora
-from wavedistill.corpus.data import Manifest, Part, Split, Utterance
 from wavedistill.corpus.sources import Source
-from wavedistill.experiment.experiment import Experiment, Stage, fingerprint, sha256, write_json
-from wavedistill.recipe.config import Prepare, Recipe
+from wavedistill.corpus.utterances import Manifest, Part, Split, Utterance
+from wavedistill.experiment.folder import Experiment
+from wavedistill.experiment.stage import Stage
+from wavedistill.recipe.recipe import Recipe
+from wavedistill.recipe.sections import Prepare
 from wavedistill.speech import audio
 from wavedistill.speech.pitch import track_f0
 from wavedistill.tools.errors import AudioError, CorpusError
-from wavedistill.tools.files import replacing
+from wavedistill.tools.files import fingerprint, replacing, sha256, write_json
 from wavedistill.tools.memory import free_memory
 from wavedistill.tools.progress import note, progress
 
@@ -338,12 +340,14 @@ def _outputs(experiment: Experiment) -> list[Path]:
     )
 
 
-stage = Stage(
-    name="prepare",
-    summary=__doc__,
-    needs=(),
-    settings=_settings,
-    inputs=lambda experiment: [],
-    outputs=_outputs,
-    run=run,
-)
+def stage() -> Stage:
+    """The stage of any recipe."""
+    return Stage(
+        name="prepare",
+        summary=__doc__ or "",
+        needs=(),
+        settings=_settings,
+        inputs=lambda experiment: [],
+        outputs=_outputs,
+        run=run,
+    )

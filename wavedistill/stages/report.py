@@ -5,7 +5,7 @@ import io
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -16,16 +16,14 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wavedistill import __version__
+from wavedistill.benchmarking.words import PARALLEL
 from wavedistill.evaluation.verdict import in_words
-from wavedistill.experiment.experiment import Experiment, Stage, measured_on
-from wavedistill.models.checkpoint import Kind
+from wavedistill.experiment.folder import Experiment, measured_on
+from wavedistill.experiment.stage import Stage
 from wavedistill.speech.audio import LogMel
 from wavedistill.tools.files import replacing
 
-SYSTEMS = {
-    "recorded": "Recorded",
-    "teacher": "Teacher (sequential)",
-    "student": "Student (parallel)",
+BASELINES = {
     "griffin_lim": "Griffin-Lim (no model)",
     "whisper": "Noise through linear prediction (a whisper)",
 }
@@ -66,21 +64,28 @@ def run(experiment: Experiment) -> str:
         loader=jinja2.PackageLoader("wavedistill.stages"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     found = json.loads(experiment.metrics.read_text())
+    recipe = experiment.recipe
     benchmark, full, train = (_current(experiment, path) for path in _tables(experiment))
     stale = [path.name for path in _tables(experiment) if path.exists() and not _current(experiment, path)]
     sized = [row for row in (full["rows"] if full else []) if not row["trained"]]
-    systems = {system: title for system, title in SYSTEMS.items() if system in found["synthesis"]}
+    systems = titles(found)
     page = environment.get_template("report.html.j2").render(
-        name=experiment.recipe.name,
+        name=recipe.name,
         version=__version__,
-        licence=experiment.recipe.corpus.licence,
-        recipe=json.dumps(experiment.recipe.model_dump(mode="json"), indent=1),
+        licence=recipe.corpus.licence,
+        recipe=json.dumps(found["recipe"], indent=1),
         density=found["density"],
         synthesis=found["synthesis"],
-        gates=[(label, found["gates"][name]) for name, label in GATES.items()],
-        pitch=found.get("pitch_from_mel"),
-        verdict=verdict(found),
-        against_untrained=in_words(found["against_untrained"]),
+        judged=[
+            {
+                "name": name,
+                "verdict": verdict(found, name),
+                "against_untrained": in_words(found["against_untrained"][name]),
+                "gates": [(label, gates[gate]) for gate, label in GATES.items()],
+            }
+            for name, gates in found["gates"].items()
+        ],
+        pitch=found["pitch_from_mel"],
         about=found["about"],
         systems=systems,
         scores=SCORES,
@@ -89,13 +94,8 @@ def run(experiment: Experiment) -> str:
         stale=stale,
         training_speed=train,
         crossover_plot=_png(crossover_plot(full["rows"])) if full and sized else None,
-        speed_plot=_png(speed_plot(benchmark["rows"], experiment.recipe.audio.sample_rate)) if benchmark else None,
-        losses=[
-            (kind, plot and _png(plot))
-            for kind in get_args(Kind)
-            if experiment.checkpoint(kind) in experiment.checkpoints
-            for plot in [loss_plot(experiment, kind)]
-        ],
+        speed_plot=_png(speed_plot(benchmark["rows"], recipe.audio.sample_rate)) if benchmark else None,
+        losses=[(name, plot and _png(plot)) for name in recipe.training for plot in [loss_plot(experiment, name)]],
         clips=[
             (clip, [(title, *_listen(experiment, system, clip)) for system, title in systems.items()])
             for clip in _clips(experiment)[:SHOWN_CLIPS]
@@ -106,15 +106,23 @@ def run(experiment: Experiment) -> str:
     return f"{len(page) / 1e6:.1f} MB: {experiment.report}"
 
 
-def verdict(found: dict[str, Any]) -> str:
-    """Whether the student passes its gates."""
-    failed = [GATES[name].split(",")[0].lower() for name, gate in found["gates"].items() if not gate["passed"]]
+def titles(found: dict[str, Any]) -> dict[str, str]:
+    """What the systems that were scored are called: the recordings, the models by name, and what needs no training."""
+    models = [name for name in found["synthesis"] if name != "recorded" and name not in BASELINES]
+    parallel = {name: "parallel" if name in found["gates"] else "sequential" for name in models}
+    shown = {name: f"{name[0].upper()}{name[1:]} ({parallel[name]})" for name in models}
+    return {"recorded": "Recorded", **shown, **{k: v for k, v in BASELINES.items() if k in found["synthesis"]}}
+
+
+def verdict(found: dict[str, Any], model: str) -> str:
+    """Whether a model passes its gates."""
+    failed = [GATES[name].split(",")[0].lower() for name, gate in found["gates"][model].items() if not gate["passed"]]
     if failed:
-        return f"The student fails its gates ({'; '.join(failed)}): it is not to be called good."
-    student, recorded = (found["synthesis"][system] for system in ("student", "recorded"))
+        return f"The {model} fails its gates ({'; '.join(failed)}): it is not to be called good."
+    drawn, recorded = (found["synthesis"][system] for system in (model, "recorded"))
     return (
-        f"The student speaks with a voice, and passes every gate: its voiced parts have a periodicity of "
-        f"{student['periodicity']:.2f}, the recordings {recorded['periodicity']:.2f}."
+        f"The {model} speaks with a voice, and passes every gate: its voiced parts have a periodicity of "
+        f"{drawn['periodicity']:.2f}, the recordings {recorded['periodicity']:.2f}."
     )
 
 
@@ -145,7 +153,7 @@ def crossover_plot(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for threads in sorted({row["threads"] for row in sized}):
-        own = [r for r in rows if r["threads"] == threads and r["batch_size"] == 1 and r["model"] == "teacher"]
+        own = [r for r in rows if r["threads"] == threads and r["batch_size"] == 1 and r["sampler"] not in PARALLEL]
         fastest = max(own, key=lambda row: row["samples_per_second"])
         points = sorted(
             (row["flops_per_sample"] / fastest["flops_per_sample"], row["samples_per_second"])
@@ -173,9 +181,9 @@ def crossover_plot(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def loss_plot(experiment: Experiment, kind: Kind) -> Figure | None:
+def loss_plot(experiment: Experiment, name: str) -> Figure | None:
     """Every term of a training against its step, training and validation; None where its log is gone."""
-    folder = experiment.training(kind) / "tensorboard"
+    folder = experiment.training(name) / "tensorboard"
     if not folder.is_dir():
         return None
     log = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -237,21 +245,27 @@ def _base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-stage = Stage(
-    name="report",
-    summary=__doc__,
-    needs=("prepare", "teacher", "student", "evaluate"),
-    settings=lambda experiment: [
-        experiment.recipe.model_dump(mode="json"),
-        measured_on(experiment),
-        (resources.files("wavedistill.stages") / "templates" / "report.html.j2").read_text(),
-    ],
-    inputs=lambda experiment: [
-        experiment.metrics,
-        *(path for path in _tables(experiment) if path.exists()),
-        *(path for system in SYSTEMS for path in sorted((experiment.samples / system).glob("*.wav"))),
-    ],
-    outputs=lambda experiment: [experiment.report],
-    run=run,
-    version=__version__,
-)
+def settings(experiment: Experiment) -> Any:
+    """What the page depends on besides files, as plain values."""
+    template = resources.files("wavedistill.stages") / "templates" / "report.html.j2"
+    return [experiment.recipe.model_dump(mode="json"), measured_on(experiment), template.read_text()]
+
+
+def inputs(experiment: Experiment) -> list[Path]:
+    """The files that the page shows."""
+    tables = [path for path in _tables(experiment) if path.exists()]
+    return [experiment.metrics, *tables, *sorted(experiment.samples.glob("*/*.wav"))]
+
+
+def stage(trainings: list[str]) -> Stage:
+    """The stage of a recipe with these trainings."""
+    return Stage(
+        name="report",
+        summary=__doc__ or "",
+        needs=("prepare", *trainings, "evaluate"),
+        settings=settings,
+        inputs=inputs,
+        outputs=lambda experiment: [experiment.report],
+        run=run,
+        version=__version__,
+    )

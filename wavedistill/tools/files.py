@@ -1,11 +1,13 @@
-"""Files that are written whole or not at all, and stretches of files that are read as files."""
+"""Files that are written whole or not at all, their digests, and stretches of files that are read as files."""
 
+import hashlib
 import io
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 NAME_BYTES = 255
 """The longest name of a file that file systems take."""
@@ -49,6 +51,24 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fingerprint(settings: Any, inputs: Iterable[Path]) -> str:
+    """A digest of plain values and of files' contents."""
+    digests = [sha256(path) for path in inputs]
+    return hashlib.sha256(json.dumps([settings, digests], sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values as JSON, whole or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 class Stretch(io.RawIOBase):

@@ -1,34 +1,65 @@
-"""The distillation objective: what a student is told about its teacher and about the recording, as named terms."""
+"""Distillation: what a student is told about its teacher and about the recording, as named terms."""
 
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from wavedistill.corpus.data import Batch, Streams, dequantise, each
-from wavedistill.flows.flows import Base, Conditionals
-from wavedistill.models.models import WaveformModel
-from wavedistill.recipe.config import Recipe
+from wavedistill.corpus.segments import Batch, dequantise
+from wavedistill.flows.bases import Base
+from wavedistill.flows.distributions import Conditionals
+from wavedistill.models.waveform import WaveformModel
+from wavedistill.recipe.recipe import Recipe
+from wavedistill.recipe.trainings import Distillation as Settings
+from wavedistill.sampling.sequential import sample
 from wavedistill.speech.audio import mel_filters
+from wavedistill.speech.conditioning import Conditioning
 from wavedistill.tools.errors import RecipeError
+from wavedistill.tools.random import Streams, each, random_stream
 from wavedistill.training.losses import (
     Density,
     closed_kl,
     cross_entropy_kl,
     log_mel_distance,
     log_scale_distance,
+    one_draw_kl,
     spectral_distance,
 )
+from wavedistill.training.task import Task, Terms
 
 
 class Teacher(Protocol):
     """A density to distil from, known by its log_prob alone: a coupling flow, an energy, a model of another library."""
 
-    def __call__(self, mel: Tensor, /) -> Density:
-        """The density of waveforms (B, F * hop_length) given log-mel (B, n_mels, F + 2 margin).
+    def __call__(self, conditioning: Conditioning, /) -> Density:
+        """The density of waveforms (B, F * hop_length) given what is known of them.
 
         Its `log_prob` is differentiable in the waveform. Parameters of its own should not require a gradient.
         """
+
+
+def distillation_task(recipe: Recipe, name: str, teacher: WaveformModel | Teacher, device: torch.device) -> Task:
+    """The training of a student; its predictor of F0 is that of the recipe's own teacher, or learns beside it.
+
+    Args:
+        recipe: the experiment.
+        name: of the student, and of its training.
+        teacher: the trained and frozen one, or a density of the user's own.
+        device: of the batches.
+    """
+    settings = recipe.training[name]
+    assert isinstance(settings, Settings)
+
+    def draw(model: WaveformModel, batch: Batch) -> Tensor:
+        noise = model.base.noise(tuple(batch.audio.shape), random_stream(recipe.seed)).to(batch.audio.device)
+        return sample(model(batch.conditioning.mel_alone()), noise)
+
+    if not isinstance(teacher, WaveformModel):
+        return Task(name, settings, FromDensity(teacher, recipe, name, device).terms, settings.loss.weights, draw)
+    known = {} if teacher.pitch is None else teacher.pitch.state_dict()
+    given = {f"pitch.{key}": value for key, value in known.items()}
+    terms = Distillation(teacher, recipe, name, device).terms
+    return Task(name, settings, terms, settings.loss.weights, draw, given)
 
 
 class Objective:
@@ -36,13 +67,15 @@ class Objective:
 
     Args:
         recipe: of the experiment.
+        name: of the training.
         device: of the batches.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        self.loss = recipe.student.loss
-        self.n_ffts = recipe.student.spectral_n_ffts
-        self.filters = log_mel_filters(recipe, device) if self.loss.log_mel else {}
+    def __init__(self, recipe: Recipe, name: str, device: torch.device) -> None:
+        settings = recipe.training[name]
+        assert isinstance(settings, Settings)
+        self.name, self.loss, self.n_ffts = name, settings.loss, settings.spectral_n_ffts
+        self.filters = log_mel_filters(recipe, self.n_ffts, device) if self.loss.log_mel else {}
 
     def spectra(self, x: Tensor, recorded: Tensor) -> dict[str, Tensor]:
         """The terms (B,) that have a weight, for the student's waveform and the recording (B, T)."""
@@ -55,7 +88,7 @@ class Objective:
 
 
 class Distillation(Objective):
-    """The terms of a recipe's `student.loss` that have a weight, for a student and a batch.
+    """The terms of a recipe's loss that have a weight, for a student and a batch.
 
     Both are given the log-mel alone, as whoever uses the student has it, and predict F0 from it by the same network,
     whose errors matter less than those of a tracker. They end in the same transform of the residual, under which a KL
@@ -64,16 +97,18 @@ class Distillation(Objective):
     Args:
         teacher: the trained teacher, frozen; gradients pass through it to the student's sample.
         recipe: of the experiment.
+        name: of the training.
+        device: of the batches.
     """
 
-    def __init__(self, teacher: WaveformModel, recipe: Recipe) -> None:
-        super().__init__(recipe, next(teacher.parameters()).device)
+    def __init__(self, teacher: WaveformModel, recipe: Recipe, name: str, device: torch.device) -> None:
+        super().__init__(recipe, name, device)
         self.teacher = teacher
 
-    def terms(self, student: WaveformModel, batch: Batch, streams: Streams) -> dict[str, Tensor]:
+    def terms(self, student: WaveformModel, batch: Batch, streams: Streams) -> Terms:
         """The mean of each term that has a weight, and of the KL; all randomness comes from the items' streams."""
-        weights = self.loss
-        q, p = (model.residual(batch.mel) for model in (student, self.teacher))
+        weights, told = self.loss, batch.conditioning.mel_alone()
+        q, p = (model.residual(told) for model in (student, self.teacher))
         noise = _noise(q.base, (batch.audio.shape[1],), batch.audio, streams)
         residual, q_steps = q.rsample_and_conditionals(noise)
         p_steps = p.conditionals(residual)
@@ -82,24 +117,24 @@ class Distillation(Objective):
         if weights.log_scale:
             found["log_scale"] = log_scale_distance(q_steps, p_steps)
         if weights.contrastive:
-            other = self.teacher.residual(_elsewhere(batch.mel))
+            other = self.teacher.residual(told.elsewhere())
             found["contrastive"] = -self._kl(q_steps, other.conditionals(residual), residual, streams)
         if weights.z_reconstruction:
             found["z_reconstruction"] = (p_steps.noise(residual) - noise).square()
         if weights.x_reconstruction:
-            recorded, _ = self.teacher.analyse(dequantise(batch.with_margins, streams), batch.mel)
+            recorded, _ = self.teacher.analyse(dequantise(batch.with_margins, streams), told)
             rebuilt, _ = q.transform(p.conditionals(recorded).noise(recorded), q.context)
             found["x_reconstruction"] = (rebuilt - recorded).square()
         if weights.spectral or weights.log_mel:
-            x, _ = student.shared(residual, student.shared_context(batch.mel))
+            x, _ = student.shared(residual, student.shared_context(told))
             found |= self.spectra(x, batch.audio)
         return {name: term.mean() for name, term in found.items()}
 
     def _kl(self, q: Conditionals, p: Conditionals, x: Tensor, streams: Streams) -> Tensor:
-        """Terms (B, T) of the recipe's estimate of the KL of q from p, given q's sample x (B, T)."""
+        """Terms (B, T) or (B,) of the recipe's estimate of the KL of q from p, given q's sample x (B, T)."""
         match self.loss.kl_estimator:
             case "mc":
-                return q.log_prob(x) - p.log_prob(x)
+                return one_draw_kl(q.log_prob(x), p, x)
             case "mc-k":
                 noise = _noise(q.base, (self.loss.kl_draws, x.shape[1]), x, streams)  # (B, k, T)
                 return cross_entropy_kl(q, p, noise.transpose(0, 1))
@@ -107,58 +142,54 @@ class Distillation(Objective):
                 return closed_kl(q, p)
 
 
-class DistillationFromDensity(Objective):
+class FromDensity(Objective):
     """The same from a teacher whose log_prob alone is known: the KL from one draw, on the waveform.
 
     The student is given F0 as it was tracked, and its own predictor of F0 learns beside it.
 
     Args:
-        teacher: log-mel -> density.
+        teacher: conditioning -> density.
         recipe: of the experiment.
+        name: of the training.
         device: of the batches.
     """
 
-    def __init__(self, teacher: Teacher, recipe: Recipe, device: torch.device) -> None:
-        super().__init__(recipe, device)
+    def __init__(self, teacher: Teacher, recipe: Recipe, name: str, device: torch.device) -> None:
+        super().__init__(recipe, name, device)
         self.teacher = teacher
 
-    def terms(self, student: WaveformModel, batch: Batch, streams: Streams) -> dict[str, Tensor]:
+    def terms(self, student: WaveformModel, batch: Batch, streams: Streams) -> Terms:
         """The mean of each term that has a weight, of the KL, and of the F0 predictor's loss.
 
         Raises:
             RecipeError: if the teacher's log_prob is not one number for each waveform.
         """
-        q = student(batch.mel, batch.f0)
-        noise = _noise(q.base, (batch.audio.shape[1],), batch.audio, streams)
-        x, log_q = q.rsample_and_log_prob(noise)
+        told = batch.conditioning
+        q = student(told)
+        x, log_q = q.rsample_and_log_prob(_noise(q.base, (batch.audio.shape[1],), batch.audio, streams))
 
-        def kl(mel: Tensor) -> Tensor:
+        def kl(told: Conditioning) -> Tensor:
             with torch.autocast(x.device.type, enabled=False):
-                log_p = self.teacher(mel).log_prob(x)
-            if log_p.shape != log_q.shape:
+                found = one_draw_kl(log_q, self.teacher(told.mel_alone()), x)
+            if found.shape != log_q.shape:
                 raise RecipeError(
-                    f"student.teacher: its log_prob gave shape {tuple(log_p.shape)} for waveforms {tuple(x.shape)}; it "
-                    f"must give {tuple(log_q.shape)}, the log density of each in nats"
+                    f"training.{self.name}.of: its log_prob gave shape {tuple(found.shape)} for waveforms "
+                    f"{tuple(x.shape)}; it must give {tuple(log_q.shape)}, the log density of each in nats"
                 )
-            return (log_q - log_p) / x.shape[1]
+            return found
 
-        found = {"kl": kl(batch.mel), **self.spectra(x, batch.audio)}
+        found = {"kl": kl(told), **self.spectra(x, batch.audio)}
         if self.loss.contrastive:
-            found["contrastive"] = -kl(_elsewhere(batch.mel))
+            found["contrastive"] = -kl(told.elsewhere())
         if student.pitch is not None:
-            found["pitch"] = student.pitch.loss(batch.mel, batch.f0)
+            found["pitch"] = student.pitch.loss(told)
         return {name: term.mean() for name, term in found.items()}
 
 
-def _elsewhere(mel: Tensor) -> Tensor:
-    """The conditioning of another place."""
-    return mel.roll(mel.shape[-1] // 2, -1)
-
-
-def log_mel_filters(recipe: Recipe, device: torch.device) -> dict[int, Tensor]:
+def log_mel_filters(recipe: Recipe, n_ffts: tuple[int, ...], device: torch.device) -> dict[int, Tensor]:
     """The filterbanks of the log-mel distance, without bands that are too narrow to hold a bin."""
     filters = {}
-    for n_fft in recipe.student.spectral_n_ffts:
+    for n_fft in n_ffts:
         bank = mel_filters(recipe.audio.model_copy(update={"n_fft": n_fft}))
         filters[n_fft] = bank[:, bank.sum(0) > 0].to(device)
     return filters

@@ -7,14 +7,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wavedistill.flows.flows import Conditionals, FlowDistribution, StandardNormal
+from wavedistill.flows.bases import StandardNormal
+from wavedistill.flows.distributions import Conditionals
 
 SILENCE = 1e-4
 """Amplitude below which a reference counts as silent: a relative distance from it would be without bounds."""
 
 
 class Density(Protocol):
-    """What `monte_carlo_kl` asks of a teacher: the log density of a given waveform, differentiable in it."""
+    """What `one_draw_kl` asks of a teacher: the log density of a given waveform, differentiable in it."""
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density (B,) of x (B, T), in nats."""
@@ -25,21 +26,17 @@ def negative_log_likelihood(p: Density, x: Tensor) -> Tensor:
     return -p.log_prob(x) / x.shape[-1]
 
 
-def monte_carlo_kl(q: FlowDistribution, p: Density, noise: Tensor) -> tuple[Tensor, Tensor]:
-    r"""One-draw estimate of :math:`KL(q \| p) = E_z[\log q(x(z)) - \log p(x(z))]` (van den Oord et al. 2018).
+def one_draw_kl(log_q: Tensor, p: Density, x: Tensor) -> Tensor:
+    r"""One-draw estimate (B,) of :math:`KL(q \| p) = E_z[\log q(x(z)) - \log p(x(z))]` in nats per sample.
 
-    The estimate is unbiased, may be negative, and is differentiable in q through both terms.
+    Of van den Oord et al. 2018. Unbiased; may be negative; differentiable in q through both terms.
 
     Args:
-        q: the student's density, which maps noise to x in parallel.
+        log_q: the log density (B,) of x under q, in nats, as the noise that x was drawn from gives it.
         p: the teacher's density.
-        noise: draws (B, T) from q's base distribution.
-
-    Returns:
-        The KL (B,) in nats per sample, and the waveform x (B, T) that the noise maps to.
+        x: draws (B, T) from q.
     """
-    x, log_q = q.rsample_and_log_prob(noise)
-    return (log_q - p.log_prob(x)) / x.shape[-1], x
+    return (log_q - p.log_prob(x)) / x.shape[-1]
 
 
 def cross_entropy_kl(q: Conditionals, p: Conditionals, noise: Tensor) -> Tensor:
@@ -47,7 +44,7 @@ def cross_entropy_kl(q: Conditionals, p: Conditionals, noise: Tensor) -> Tensor:
 
     .. math:: \frac{1}{k} \sum_i \log q(x_t^{(i)} | z_{<t}) - \log p(x_t^{(i)} | x_{<t})
 
-    Unbiased for the same divergence as `monte_carlo_kl`, with one pass of the teacher whatever k.
+    Unbiased for the same divergence as `one_draw_kl`, with one pass of the teacher whatever k.
 
     Args:
         q: the student's conditionals.
@@ -55,7 +52,7 @@ def cross_entropy_kl(q: Conditionals, p: Conditionals, noise: Tensor) -> Tensor:
         noise: draws (k, B, T) from q's base, independent of those that made the sample.
     """
     x = q.rsample(noise)
-    return (q.log_prob(x) - p.log_prob(x)).mean(0)
+    return (q.log_prob_steps(x) - p.log_prob_steps(x)).mean(0)
 
 
 def closed_kl(q: Conditionals, p: Conditionals) -> Tensor:

@@ -1,37 +1,27 @@
-"""The ways to draw a waveform; every loop that steps a network through time lives here.
+"""The directions of flows that take T steps; every loop that steps a network through time lives here.
 
 An autoregressive bijection has one direction that takes T steps: there, the conditioner reads the very side that is
 being produced (x of the teacher, or z of a student flow that is inverted). A `Solver` computes that direction.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import cast
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from wavedistill.flows.flows import (
-    Affine,
-    Autoregressive,
-    Composition,
-    Context,
-    FlowDistribution,
-    Parameters,
-    Transform,
-)
-from wavedistill.models.models import ConditionerNetwork, WaveformModel, require_compiler
+from wavedistill.flows.distributions import FlowDistribution
+from wavedistill.flows.elementwise import Affine, Parameters
+from wavedistill.flows.transforms import Autoregressive, Composition, Context, Transform
+from wavedistill.models.conditioner import ConditionerNetwork
 from wavedistill.networks.wavenet import WaveNetState
 from wavedistill.sampling.compiled import CompiledLoop
-from wavedistill.speech.linear_prediction import LinearPrediction
 from wavedistill.tools.progress import progress
 
 BLOCK = 4096
 """Steps that the compiled loop takes between two looks at the progress."""
 STEPS_BLOCK = 128
 """Steps that the cached sampler takes on the same buffers, at least."""
-STREAM_VALUES = {"cpu": 100_000, "cuda": 4_000_000}
-"""Activations of a layer in a student's block, about: they fit into a core's cache, or occupy a GPU."""
 Solver = Callable[[Autoregressive, Tensor, tuple[Tensor | None, ...], str | None], Tensor]
 
 
@@ -159,100 +149,6 @@ def sample(distribution: FlowDistribution, noise: Tensor, solver: Solver = faste
         else:
             x, _ = part(x, context)
     return x
-
-
-@torch.inference_mode()
-def stream(
-    model: WaveformModel, mel: Iterable[Tensor], noise: Callable[[int], Tensor], *, compiled: bool = False
-) -> Iterator[Tensor]:
-    """The waveform of a parallel model block by block, equal to that of one pass, in memory that does not grow.
-
-    Every block goes through all flows while it is in the processor's caches, which makes this the fastest way on a CPU
-    too. The frames of a model's margin that follow a frame have to be known before its samples are.
-
-    Args:
-        model: a student.
-        mel: pieces (B, n_mels, any number of frames) of what the model would be called with, padding included.
-        noise: gives the next n values (B, n) of the base noise.
-        compiled: whether torch compiles the networks first, for blocks of full length: faster after half a minute.
-
-    Yields:
-        Blocks (B, n) of the waveform, each a whole number of hops; together F * hop_length samples.
-
-    Raises:
-        ValueError: if the model has a flow that is not inverse autoregressive.
-        RecipeError: if it is to be compiled, and there is no compiler.
-    """
-    draw, margin = _ParallelBlocks(model, noise, compiled), model.margin
-    known: Tensor | None = None  # and not drawn yet, but for the margin before it
-    for piece in mel:
-        known = piece if known is None else torch.cat([known, piece], -1)
-        while (ready := known.shape[-1] - 2 * margin) > 0:
-            count = min(draw.most_frames, ready)
-            yield draw(known[..., : count + 2 * margin])
-            known = known[..., count:]
-
-
-def slices(noise: Tensor) -> Callable[[int], Tensor]:
-    """For `stream`: gives noise (B, T) that is drawn already, piece by piece; a `ValueError` where it ends too soon."""
-    position = 0
-
-    def following(count: int) -> Tensor:
-        nonlocal position
-        position += count
-        if position > noise.shape[1]:
-            raise ValueError(f"noise for {noise.shape[1]} steps, and the log-mel is of {position} or more")
-        return noise[:, position - count : position]
-
-    return following
-
-
-class _ParallelBlocks:
-    """Consecutive blocks of a parallel model's waveform; arguments as in `stream`."""
-
-    def __init__(self, model: WaveformModel, noise: Callable[[int], Tensor], compiled: bool) -> None:
-        self.model, self.noise, self.flows = model, noise, []
-        for part in model.flows.parts:
-            if not (isinstance(part, Autoregressive) and part.reads == "z"):
-                raise ValueError(
-                    "only inverse autoregressive flows can be streamed, which remember their past, and "
-                    f"this model has {type(part).__name__} among its flows"
-                )
-            self.flows.append(part)
-        widest = max(conditioner_of(flow).wavenet.channels for flow in self.flows)
-        values_a_frame = model.encoder.hop_length * widest
-        self.most_frames = max(1, STREAM_VALUES[next(model.parameters()).device.type] // values_a_frame)
-        self._nets = [conditioner_of(flow) for flow in self.flows]
-        # Every other length would be compiled anew.
-        self._nets_of_full_blocks = self._nets
-        if compiled:
-            require_compiler(next(model.parameters()).device)
-            self._nets_of_full_blocks = [
-                cast(ConditionerNetwork, torch.compile(net, dynamic=False)) for net in self._nets
-            ]
-        self._states: list[WaveNetState] = []
-        self._phase: Tensor | None = None
-        self._tail: Tensor | None = None
-
-    def __call__(self, mel: Tensor) -> Tensor:
-        """The next F * hop_length samples, from log-mel (B, n_mels, F + 2 margin)."""
-        model, frames = self.model, mel.shape[-1] - 2 * self.model.margin
-        context, self._phase = model.context(mel, phase=self._phase)
-        # What is compiled for one layout in memory, a view for instance, is compiled anew for another.
-        x = self.noise(frames * model.encoder.hop_length).clone(memory_format=torch.contiguous_format)
-        if not self._states:
-            room = self.most_frames * model.encoder.hop_length
-            self._states = [WaveNetState(net.wavenet, len(x), room) for net in self._nets]
-        nets = self._nets_of_full_blocks if frames == self.most_frames else self._nets
-        for flow, net, state in zip(self.flows, nets, self._states, strict=True):
-            x, _ = flow.elementwise.to_x(x, *net(x, context, state))
-        if not isinstance(model.shared, LinearPrediction):
-            return model.shared(x)[0]
-        coefficients, log_gain = model.shared_context(mel)
-        tail = x.new_zeros(len(x), 0, dtype=torch.float64) if self._tail is None else self._tail
-        wave = model.shared.synthesise(x, (coefficients, log_gain), tail)
-        self._tail = torch.cat([tail, wave], 1)[:, -coefficients.shape[-1] :]
-        return wave.to(x.dtype)
 
 
 @torch.inference_mode()

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wavedistill.corpus.data import Heard, sounding
-from wavedistill.recipe.config import Audio
+from wavedistill.recipe.sections import Audio
 from wavedistill.speech.audio import LOG_MEL_FLOOR, MEL_FLOOR
+from wavedistill.speech.heard import Heard, sounding
 from wavedistill.speech.pitch import track_f0
 from wavedistill.tools.errors import AudioError
 

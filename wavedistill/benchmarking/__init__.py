@@ -1,0 +1,1 @@
+"""How fast models draw and learn, and what the figures mean."""

@@ -1,0 +1,117 @@
+"""The kinds of models that a recipe knows, and how its tables become one."""
+
+import math
+
+import torch
+
+from wavedistill.flows.bases import BASES, Base
+from wavedistill.flows.elementwise import Affine, MixtureCdf
+from wavedistill.flows.transforms import Autoregressive, Scale
+from wavedistill.models.conditioner import ConditionerNetwork
+from wavedistill.models.waveform import WaveformModel
+from wavedistill.networks.encoder import MelEncoder
+from wavedistill.networks.wavenet import WaveNet
+from wavedistill.recipe.models import Iaf, Maf
+from wavedistill.recipe.recipe import Recipe
+from wavedistill.speech.linear_prediction import LinearPrediction, LinearPredictionFromMel, Preemphasis
+from wavedistill.speech.pitch import PITCH_CHANNELS, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
+from wavedistill.tools.imports import imported
+
+
+def build(recipe: Recipe, name: str, seed: int) -> WaveformModel:
+    """The untrained model of a recipe that has a name, with weights drawn from the seed.
+
+    Raises:
+        RecipeError: if it is of a kind of the user's own, which cannot be imported.
+    """
+    settings = recipe.models[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(settings, Maf):
+            return maf(settings, recipe)
+        if isinstance(settings, Iaf):
+            return iaf(settings, recipe)
+        return imported(settings.kind, f"models.{name}.kind")(settings, recipe)
+
+
+def maf(settings: Maf, recipe: Recipe) -> WaveformModel:
+    """A masked autoregressive flow, then the last transform of the recipe."""
+    base, components = BASES[settings.base], settings.components
+    if components == 1:
+        network = _network(recipe, settings, settings.layers, outputs=2)
+        _start_at_unit_variance(network, base)
+        return around([Autoregressive(network, "x", Affine())], base, recipe, source=False)
+    network = _network(recipe, settings, settings.layers, outputs=3 * components)
+    with torch.no_grad():
+        _, shift, log_scale = network.wavenet.head.bias.chunk(3)
+        # Apart, so that they can go their own ways, and together of unit variance.
+        shift.copy_(torch.linspace(-0.5, 0.5, components))
+        log_scale.fill_(0.5 * math.log(1 - shift.square().mean()) - math.log(base.std))
+    return around([Autoregressive(network, "x", MixtureCdf(base))], BASES["logistic"], recipe, source=False)
+
+
+def iaf(settings: Iaf, recipe: Recipe) -> WaveformModel:
+    """K inverse autoregressive flows, then the last transform of the recipe."""
+    networks = [
+        _network(recipe, settings, layers, outputs=2, source=settings.periodic_source)
+        for layers in settings.flow_layers
+    ]
+    _start_at_unit_variance(networks[-1], BASES[settings.base])
+    flows = [Autoregressive(network, "z", Affine()) for network in networks]
+    return around(flows, BASES[settings.base], recipe, source=settings.periodic_source)
+
+
+def around(flows: list[Autoregressive], base: Base, recipe: Recipe, *, source: bool) -> WaveformModel:
+    """A model of a recipe's units: flows between its conditioning and its last transform.
+
+    Args:
+        flows: from noise to residual.
+        base: the distribution of the noise.
+        recipe: the experiment.
+        source: whether the flows' networks read a periodic source.
+    """
+    conditioning, prediction = recipe.conditioning, recipe.linear_prediction
+    # `prepare` brings every recording to this level: without linear prediction, the start is noise as loud as the data.
+    level = 10 ** (recipe.audio.level_db / 20)
+    envelope: LinearPredictionFromMel | Preemphasis | None = None
+    if prediction.order:
+        envelope = LinearPredictionFromMel(recipe.audio, prediction.order)
+    elif prediction.preemphasis:
+        envelope = Preemphasis(prediction.preemphasis, level)
+    return WaveformModel(
+        MelEncoder(
+            recipe.audio.n_mels,
+            conditioning.channels,
+            conditioning.context,
+            conditioning.upsample,
+            others=PITCH_CHANNELS if conditioning.pitch else 0,
+        ),
+        flows,
+        Scale(level) if envelope is None else LinearPrediction(recipe.audio.hop_length),
+        envelope,
+        base,
+        PitchPredictor(recipe.audio) if conditioning.pitch else None,
+        PeriodicSource(recipe.audio) if source else None,
+    )
+
+
+def _start_at_unit_variance(network: ConditionerNetwork, base: Base) -> None:
+    with torch.no_grad():
+        network.wavenet.head.bias[1] = -math.log(base.std)
+
+
+def _network(
+    recipe: Recipe, settings: Maf | Iaf, layers: int, *, outputs: int, source: bool = False
+) -> ConditionerNetwork:
+    wavenet = WaveNet(
+        layers=layers,
+        dilation_cycle=settings.network.dilation_cycle,
+        kernel_size=settings.network.kernel_size,
+        channels=settings.network.channels,
+        skip_channels=settings.network.skip_channels,
+        out_channels=outputs,
+        feature_channels=recipe.conditioning.channels,
+        repeat=recipe.conditioning.upsample[-1],
+        source_channels=SOURCE_CHANNELS if source else 0,
+    )
+    return ConditionerNetwork(wavenet, settings.min_log_scale)

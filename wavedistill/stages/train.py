@@ -1,0 +1,70 @@
+"""Train one of a recipe's models: by maximum likelihood, by distillation, or by an objective of the user's own."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from wavedistill.experiment.folder import SHARED, Experiment
+from wavedistill.experiment.stage import Stage
+from wavedistill.experiment.tasks import task_of
+from wavedistill.recipe.recipe import Recipe
+from wavedistill.recipe.trainings import Distillation, Likelihood, OwnTraining
+from wavedistill.tools.files import fingerprint
+from wavedistill.training.loop import fit
+
+SUMMARY = {
+    Likelihood: "Train {name} by maximum likelihood.",
+    Distillation: "Distil {name} from {of}.",
+    OwnTraining: "Train {name} by {objective}.",
+}
+
+
+def run(name: str, experiment: Experiment) -> str:
+    """Train, or go on training; returns a line of result."""
+    task = task_of(experiment, name)
+    # The number of steps is left out: a training may be lengthened, or cut short.
+    trajectory = settings(name, experiment)
+    del trajectory["training"]["steps"]
+    outcome = fit(
+        task,
+        experiment.corpus(),
+        experiment.audio,
+        recipe=experiment.recipe,
+        folder=experiment.training(name),
+        fingerprint=fingerprint(trajectory, inputs(name, experiment)),
+        device=experiment.device,
+        threads=experiment.threads,
+    )
+    first = next(iter(task.weights))
+    valid = outcome.valid[first]
+    return f"validation {first} {valid:.3f} {outcome}: {experiment.checkpoint(name)}"
+
+
+def settings(name: str, experiment: Experiment) -> dict[str, Any]:
+    """The parts of the recipe that a training depends on, as plain values."""
+    recipe = experiment.recipe
+    found = recipe.model_dump(mode="json", include={"seed", *SHARED})
+    own = {key: getattr(recipe, key)[name].model_dump(mode="json") for key in ("models", "training")}
+    return {**found, **own}
+
+
+def inputs(name: str, experiment: Experiment) -> list[Path]:
+    """The files that a training depends on."""
+    teacher = experiment.recipe.teacher_of(name)
+    known = [] if teacher is None else [experiment.checkpoint(teacher)]
+    return [experiment.manifest, *experiment.sources(name), *known]
+
+
+def stage(name: str, recipe: Recipe) -> Stage:
+    """The stage of one of a recipe's trainings."""
+    training, teacher = recipe.training[name], recipe.teacher_of(name)
+    return Stage(
+        name=name,
+        summary=SUMMARY[type(training)].format(name=name, **training.model_dump()),
+        needs=("prepare", *([teacher] if teacher else [])),
+        settings=partial(settings, name),
+        inputs=partial(inputs, name),
+        outputs=lambda experiment: [experiment.checkpoint(name)],
+        run=partial(run, name),
+        shared=True,
+    )

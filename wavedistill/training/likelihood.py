@@ -1,0 +1,34 @@
+"""Maximum likelihood, of a model whose density takes one pass."""
+
+from torch import Tensor
+
+from wavedistill.corpus.segments import Batch, dequantise
+from wavedistill.models.waveform import WaveformModel
+from wavedistill.recipe.recipe import Recipe
+from wavedistill.sampling.sequential import sample
+from wavedistill.tools.random import Streams, random_stream
+from wavedistill.training.task import Task, Terms
+
+PREVIEW_SECONDS = 0.25
+"""Sequential sampling is slow: the log hears this much."""
+
+
+def likelihood_task(recipe: Recipe, name: str) -> Task:
+    """Beside the density, the predictor of F0 learns from F0 tracked in the recordings."""
+    settings = recipe.training[name]
+
+    def terms(model: WaveformModel, batch: Batch, streams: Streams) -> Terms:
+        told = batch.conditioning
+        residual, ladj = model.analyse(dequantise(batch.with_margins, streams), told)
+        log_prob = model.residual(told).log_prob_steps(residual) + ladj
+        found = {"nll": -log_prob.mean()}
+        if model.pitch is not None:
+            found["pitch"] = model.pitch.loss(told)
+        return found
+
+    def draw(model: WaveformModel, batch: Batch) -> Tensor:
+        length = min(int(PREVIEW_SECONDS * recipe.audio.sample_rate), settings.segment_frames * recipe.audio.hop_length)
+        noise = model.base.noise((len(batch.audio), length), random_stream(recipe.seed)).to(batch.audio.device)
+        return sample(model(batch.conditioning), noise)
+
+    return Task(name, settings, terms, {"nll": 1.0}, draw)

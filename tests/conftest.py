@@ -25,7 +25,7 @@ from wavedistill.recipe.sections import Audio
 from wavedistill.speech.conditioning import Conditioning
 from wavedistill.speech.heard import Heard
 from wavedistill.speech.linear_prediction import LinearPrediction, LinearPredictionFromMel
-from wavedistill.speech.pitch import PITCH_CHANNELS, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
+from wavedistill.speech.pitch import PITCH_CHANNELS, PITCH_CONTEXT, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
 from wavedistill.training.losses import Density, one_draw_kl
 
 # Threads are not measured: the fastest of one moment need not be that of the next, and results are compared bit by bit.
@@ -118,7 +118,7 @@ def told(recipe: Recipe, mel: torch.Tensor, f0: torch.Tensor | None = None) -> C
 
 def margin(recipe: Recipe) -> int:
     """Frames around that a recipe's models need."""
-    return build(recipe, "teacher", 0).margin
+    return recipe.conditioning.context + (PITCH_CONTEXT if recipe.conditioning.pitch else 0)
 
 
 def one_draw(q: FlowDistribution, p: Density, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

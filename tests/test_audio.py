@@ -38,16 +38,17 @@ def test_frame_k_of_a_crop_is_frame_k_of_the_file(
     context, frames = 3, 10
     manifest = corpus(tmp_path / "audio", tiny, [40])
     segments = Segments(manifest, tmp_path / "audio", "train", frames=frames, margin=context)
-    monkeypatch.setattr("wavedistill.corpus.data.read_samples", lambda *place: read_samples(*place).double())
+    monkeypatch.setattr("wavedistill.corpus.segments.read_samples", lambda *place: read_samples(*place).double())
     segments.log_mel.double()
     samples, _ = soundfile.read(tmp_path / "audio" / "0.wav")
     wave = torch.from_numpy(samples)[None]
     whole = audio.LogMel(tiny.audio).double().of_file(wave, context)
     batch = segments.cut([(manifest.utterances[0], first)])
     assert whole.shape[-1] == 40 + 2 * context
-    torch.testing.assert_close(batch.mel, whole[..., first : first + frames + 2 * context], rtol=0, atol=1e-9)
+    crop = whole[..., first : first + frames + 2 * context]
+    torch.testing.assert_close(batch.conditioning.mel, crop, rtol=0, atol=1e-9)
     f0 = torch.nn.functional.pad(torch.linspace(0, 200, 40), (context, context))
-    torch.testing.assert_close(batch.f0[0], f0[first : first + frames + 2 * context])
+    torch.testing.assert_close(batch.conditioning.f0[0], f0[first : first + frames + 2 * context])
     hop = tiny.audio.hop_length
     assert torch.equal(batch.audio, wave[:, first * hop : (first + frames) * hop])
     padded = torch.nn.functional.pad(wave, (context * hop, context * hop))

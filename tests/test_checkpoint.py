@@ -26,7 +26,7 @@ def test_a_model_comes_back_with_its_recipe(
     model = tiny_model("student")
     checkpoint.save_model(tmp_path / "a.safetensors", "student", tiny, 17, HEARD, model.state_dict())
     loaded = checkpoint.load_model(tmp_path / "a.safetensors")
-    assert (loaded.kind, loaded.recipe, loaded.step, loaded.heard) == ("student", tiny, 17, HEARD)
+    assert (loaded.name, loaded.recipe, loaded.step, loaded.heard) == ("student", tiny, 17, HEARD)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     assert not loaded.model.training
@@ -66,7 +66,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, tiny: Recipe) -> None:
     for first in range(256):
         path(f"byte{first}").write_bytes(bytes([first]) + b"IFF....WAVEfmt ")
     checkpoint.save_model(path("lacking"), "student", tiny, 0, HEARD, {})
-    checkpoint.save_model(path("kind"), "pupil", tiny, 0, HEARD, {})  # type: ignore[arg-type]
+    checkpoint.save_model(path("name"), "pupil", tiny, 0, HEARD, {})
     checkpoint.save(path("state"), {"a": torch.zeros(9)}, {"step": 3})
     whole = path("state").read_bytes()
     for length in (4, 30, len(whole) - 1):
@@ -78,7 +78,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, tiny: Recipe) -> None:
         "list": "another program's tensors",
         "newer": "of version 99 of the format.*install a newer wavedistill",
         "lacking": "does not fit",
-        "kind": "does not fit",
+        "name": "no models.pupil",
         "state": "the state of a training, not a model; give the checkpoint.safetensors",
         "missing": "no such checkpoint",
         **{f"truncated{length}": "or a damaged one" for length in (4, 30, len(whole) - 1)},
@@ -97,8 +97,8 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, tiny: Recipe) -> None:
     [
         ("version", [4]),
         ("version", None),
-        ("kind", ["student"]),
-        ("kind", 3),
+        ("name", ["student"]),
+        ("name", 3),
         ("step", "many"),
         ("step", -1),
         ("recipe", None),
@@ -110,7 +110,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, tiny: Recipe) -> None:
 )
 def test_a_header_of_wrong_types_is_named(tmp_path: Path, tiny: Recipe, key: str, value: object) -> None:
     path = tmp_path / "a.safetensors"
-    header = {"kind": "student", "recipe": tiny.model_dump(mode="json"), "step": 1, "heard": HEARD.model_dump()}
+    header = {"name": "student", "recipe": tiny.model_dump(mode="json"), "step": 1, "heard": HEARD.model_dump()}
     whole = {"version": checkpoint.VERSION, **header, key: value}
     path.write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, {checkpoint.HEADER: json.dumps(whole)}))
     with pytest.raises(CheckpointError, match=rf"a\.safetensors: .*({key}|not a wavedistill checkpoint)") as caught:

@@ -100,8 +100,8 @@ def test_overrides_change_single_settings() -> None:
         RECIPES / "tiny.toml",
         ["training.teacher.steps=7", "models.student.flow_layers=[2, 3]", "corpus.text=other words.txt", "seed = 4"],
     )
-    assert recipe.training.teacher.steps == 7
-    assert recipe.student.flow_layers == (2, 3)
+    assert recipe.training["teacher"].steps == 7
+    assert recipe.models["student"].flow_layers == (2, 3)
     assert recipe.corpus.text == "other words.txt"
     assert recipe.seed == 4
 

@@ -29,7 +29,7 @@ from wavedistill.training.state import saved_states
 
 STEPS = 20
 KINDS = ("teacher", "student")
-LOGS_EVERY_STEP = "import wavedistill.training.training as t; t.LOG_EVERY = 1; from wavedistill.cli import main; main()"
+LOGS_EVERY_STEP = "import wavedistill.training.loop as t; t.LOG_EVERY = 1; from wavedistill.cli import main; main()"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 ONE_MACHINE = ("--nproc-per-node", 2)
 
@@ -217,8 +217,8 @@ def test_a_waveform_is_one_process_s_work(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tiny: Recipe, tmp_path: Path) -> None:
-    training = tiny.training.teacher.model_copy(update={"batch_size": 3, "accumulate": 2})
-    recipe = tiny.model_copy(update={"teacher": tiny.teacher.model_copy(update={"training": training})})
+    training = tiny.training["teacher"].model_copy(update={"batch_size": 3, "accumulate": 2})
+    recipe = tiny.model_copy(update={"teacher": tiny.models["teacher"].model_copy(update={"training": training})})
     nothing = Manifest(audio=tiny.audio, utterances=[])
     with pytest.raises(RecipeError, match=r"teacher\.training\.batch_size = 3: cannot .* for instance batch_size = 4"):
         Batches(likelihood_task(recipe), nothing, tmp_path, recipe, launch(torch.device("cpu")))

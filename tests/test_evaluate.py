@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import one_draw, told
 from tests.test_audio import corpus
 from wavedistill.corpus.segments import dequantise
 from wavedistill.corpus.utterances import read_samples
@@ -12,7 +13,7 @@ from wavedistill.experiment.folder import Experiment
 from wavedistill.models.kinds import build
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import LogMel
-from wavedistill.stages.evaluate import DEQUANTISE, densities
+from wavedistill.stages.evaluate import DEQUANTISE, DRAW, densities
 from wavedistill.tools.random import random_stream
 from wavedistill.training.losses import negative_log_likelihood
 
@@ -23,12 +24,13 @@ def test_a_likelihood_is_that_of_every_sample_dequantised(tmp_path: Path, tiny: 
     clips = corpus(experiment.audio, tiny, [20, 60]).utterances
     teacher, student = (build(tiny, kind, 0).requires_grad_(False) for kind in ("teacher", "student"))
     generator = torch.Generator().manual_seed(0)
-    for network in teacher.networks:
+    for network in (*teacher.networks, *student.networks):
         network.head.weight.copy_(0.3 * torch.randn(network.head.weight.shape, generator=generator))
-    found = densities(experiment, teacher, student, clips)
+    measured = densities(experiment, {"teacher": teacher, "student": student}, clips)
+    found = measured["models"]["teacher"]
 
     waves = [read_samples(experiment.audio, clip)[None] for clip in clips]
-    mels = [LogMel(tiny.audio).of_file(wave, teacher.margin) for wave in waves]
+    mels = [told(tiny, LogMel(tiny.audio).of_file(wave, teacher.margin)) for wave in waves]
     noisy = [dequantise(wave, [random_stream(tiny.seed, DEQUANTISE, i)]) for i, wave in enumerate(waves)]
     assert all(not torch.equal(a, b) for a, b in zip(waves, noisy, strict=True))
 
@@ -37,11 +39,20 @@ def test_a_likelihood_is_that_of_every_sample_dequantised(tmp_path: Path, tiny: 
 
     own = [negative_log_likelihood(teacher(mel), wave) for mel, wave in zip(mels, noisy, strict=True)]
     assert abs(own[0] - own[1]) > 1e-3, "so that the weights matter"
-    assert found["teacher_nll_nats_per_sample"] == pytest.approx(mean(own), abs=1e-7)
-    others = [mels[1][..., : mels[0].shape[-1]], mels[0].repeat(1, 1, 4)[..., : mels[1].shape[-1]]]
+    assert found["nll"] == pytest.approx(mean(own), abs=1e-7)
+    first, second = (each.mel for each in mels)
+    others = [second[..., : first.shape[-1]], first.repeat(1, 1, 4)[..., : second.shape[-1]]]
     swapped = [
-        negative_log_likelihood(teacher.synthesised(teacher.residual(other), mel), wave)
+        negative_log_likelihood(teacher.synthesised(teacher.residual(told(tiny, other)), mel), wave)
         for mel, other, wave in zip(mels, others, noisy, strict=True)
     ]
-    assert found["teacher_nll_shuffled_conditioning"] == pytest.approx(mean(swapped), abs=1e-7)
-    assert found["test_seconds"] == 1
+    assert found["nll_shuffled_conditioning"] == pytest.approx(mean(swapped), abs=1e-7)
+    assert measured["test_seconds"] == 1
+    found = measured["models"]["student"]
+    assert found["kl_from"] == "teacher"
+    q, kls = build(tiny, "student", tiny.seed), []
+    for i, (mel, wave) in enumerate(zip(mels, waves, strict=True)):
+        z = q.base.noise((1, wave.shape[1]), random_stream(tiny.seed, DRAW, i))
+        kls.append(one_draw(q.residual(mel), teacher.residual(mel), z)[0].detach())
+    assert found["kl_before_training"] == pytest.approx(mean(kls), rel=1e-4)
+    assert found["kl"] > 1.2 * found["kl_before_training"], "this one is another"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
-from tests.conftest import RECIPES
+from tests.conftest import RECIPES, told
 from wavedistill.corpus.segments import Batch, dequantise
 from wavedistill.flows.bases import StandardNormal
 from wavedistill.flows.elementwise import MixtureCdf
@@ -20,8 +20,10 @@ from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.loading import load_recipe, validate_recipe
 from wavedistill.recipe.recipe import Recipe
-from wavedistill.sampling import sampling
+from wavedistill.sampling import sequential
+from wavedistill.sampling.streaming import slices, stream
 from wavedistill.speech.audio import LogMel
+from wavedistill.speech.conditioning import Conditioning
 from wavedistill.tools.random import random_stream
 from wavedistill.training.distillation import Distillation, FromDensity, Objective, log_mel_filters
 from wavedistill.training.likelihood import likelihood_task
@@ -57,9 +59,8 @@ def gpu(tiny: Recipe) -> Iterator[Callable[[str], WaveformModel]]:
 
 def batch_of(recipe: Recipe, margin: int) -> Batch:
     hop, frames = recipe.audio.hop_length, FRAMES + 2 * margin
-    return Batch(
-        there(2, FRAMES * hop), there(2, frames * hop), there(2, recipe.audio.n_mels, frames), there(2, frames)
-    )
+    known = Conditioning(there(2, recipe.audio.n_mels, frames), margin, there(2, frames))
+    return Batch(there(2, FRAMES * hop), there(2, frames * hop), known)
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def streams() -> list[torch.Generator]:
 def test_the_trap_works(gpu: Callable[[str], WaveformModel]) -> None:
     teacher = gpu("teacher")
     with pytest.raises(RuntimeError, match=r"device|cuda"):
-        teacher(torch.empty(2, 40, FRAMES + 2 * teacher.margin)).log_prob(there(2, FRAMES * 200))
+        teacher(told(RECIPE, torch.empty(2, 40, FRAMES + 2 * teacher.margin))).log_prob(there(2, FRAMES * 200))
     with pytest.raises(DataDependentOutputException):
         float(there(1))
 
@@ -79,7 +80,7 @@ def test_the_teacher_s_terms_stay_on_the_gpu(
     tiny: Recipe, gpu: Callable[[str], WaveformModel], streams: list[torch.Generator]
 ) -> None:
     teacher = gpu("teacher")
-    terms = likelihood_task(tiny).terms(teacher, batch_of(tiny, teacher.margin), streams)
+    terms = likelihood_task(tiny, "teacher").terms(teacher, batch_of(tiny, teacher.margin), streams)
     assert {name: term.device.type for name, term in terms.items()} == {"nll": "cuda", "pitch": "cuda"}
 
 
@@ -93,7 +94,8 @@ Made = TypeVar("Made", bound=Objective)
 def made(make: Callable[[], Made]) -> Made:
     """An objective with its filterbanks, which are chosen by their values, on the GPU."""
     with unset_fake_temporarily():
-        shapes = {n_fft: bank.shape for n_fft, bank in log_mel_filters(RECIPE, torch.device("cpu")).items()}
+        banks = log_mel_filters(RECIPE, (512, 1024), torch.device("cpu"))
+        shapes = {n_fft: bank.shape for n_fft, bank in banks.items()}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("wavedistill.training.distillation.log_mel_filters", lambda *_: {})
             objective = make()
@@ -108,7 +110,7 @@ def test_the_student_s_terms_stay_on_the_gpu(
     tiny_data["training"]["student"]["loss"].update(kl_estimator=estimator, **EVERY, **RECONSTRUCTIONS)
     recipe = validate_recipe(tiny_data, "tiny.toml")
     student, teacher = gpu("student"), gpu("teacher")
-    objective = made(lambda: Distillation(teacher, recipe))
+    objective = made(lambda: Distillation(teacher, recipe, "student", torch.device("cuda")))
     terms = objective.terms(student, batch_of(recipe, student.margin), streams)
     assert set(terms) == {"kl", *EVERY, *RECONSTRUCTIONS}
     assert {term.device.type for term in terms.values()} == {"cuda"}
@@ -120,26 +122,26 @@ def test_so_do_those_from_a_density_of_a_user_s_own(
     tiny_data["training"]["student"]["loss"].update(kl_estimator="mc", **EVERY)
     recipe = validate_recipe(tiny_data, "tiny.toml")
     student, teacher = gpu("student"), gpu("teacher")
-    objective = made(lambda: FromDensity(lambda mel: teacher(mel), recipe, torch.device("cpu")))
+    objective = made(lambda: FromDensity(lambda told: teacher(told), recipe, "student", torch.device("cpu")))
     terms = objective.terms(student, batch_of(recipe, student.margin), streams)
     assert {term.device.type for term in terms.values()} == {"cuda"}
 
 
-@pytest.mark.parametrize("solver", [sampling.naive, sampling.cached])
+@pytest.mark.parametrize("solver", [sequential.naive, sequential.cached])
 def test_the_teacher_s_steps_look_at_no_value(
-    tiny: Recipe, gpu: Callable[[str], WaveformModel], solver: sampling.Solver
+    tiny: Recipe, gpu: Callable[[str], WaveformModel], solver: sequential.Solver
 ) -> None:
     """So that a block of them can be recorded."""
     teacher = gpu("teacher")
     mel = there(2, tiny.audio.n_mels, 1 + 2 * teacher.margin)
-    assert sampling.sample(teacher(mel), there(2, 10), solver).device.type == "cuda"
+    assert sequential.sample(teacher(told(tiny, mel)), there(2, 10), solver).device.type == "cuda"
 
 
 def test_a_student_is_drawn_in_one_pass_and_as_a_stream(tiny: Recipe, gpu: Callable[[str], WaveformModel]) -> None:
     student = gpu("student")
     mel, z = there(2, tiny.audio.n_mels, FRAMES + 2 * student.margin), there(2, FRAMES * tiny.audio.hop_length)
-    assert sampling.sample(student(mel), z).device.type == "cuda"
-    blocks = list(sampling.stream(student, mel.split(3, -1), sampling.slices(z)))
+    assert sequential.sample(student(told(tiny, mel)), z).device.type == "cuda"
+    blocks = list(stream(student, [Conditioning(piece, 0) for piece in mel.split(3, -1)], slices(z)))
     assert {block.device.type for block in blocks} == {"cuda"}
     assert sum(block.shape[1] for block in blocks) == z.shape[1]
 

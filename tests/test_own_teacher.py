@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import HEARD, REPOSITORY, margin, noise, one_draw, randomise, write_voice
+from tests.conftest import HEARD, REPOSITORY, margin, noise, one_draw, randomise, told, write_voice
 from tests.test_audio import corpus
 from tests.test_losses import density_parameters
 from wavedistill.corpus.segments import Batch, Segments
@@ -63,6 +63,7 @@ def wrong(recipe, device):
 def own(tiny_data: dict[str, Any]) -> dict[str, Any]:
     """A recipe without linear prediction, whose student can become independent Gaussian samples."""
     tiny_data["linear_prediction"]["order"] = 0
+    del tiny_data["models"]["teacher"], tiny_data["training"]["teacher"]
     tiny_data["training"]["student"]["of"] = "someones:load"
     tiny_data["models"]["student"]["flow_layers"] = [2]
     tiny_data["training"]["student"]["loss"].update(kl_estimator="mc", spectral=0.0, log_mel=0.0)
@@ -102,18 +103,15 @@ def test_a_users_density_is_distilled_scored_and_forgotten(tmp_path: Path, own: 
     shell = Shell(tmp_path, own)
     done = shell("run", "own.toml", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    assert "teacher: nothing to train: the student is distilled from someones:load" in done.stdout
-    assert not (tmp_path / "exp/own/teacher").exists()
-
     found = json.loads((tmp_path / "exp/own/metrics.json").read_text())
-    density, synthesis = found["density"], found["synthesis"]
+    density, synthesis = found["density"]["models"], found["synthesis"]
     # Of Gaussians with log-scales that differ by ln 2, in closed form.
     start = 0.5 * (4 - 1) - math.log(2)
-    assert abs(density["student_kl_before_training"] - start) < 0.1
-    assert density["student_kl_nats_per_sample"] < 0.1 * start
-    assert "teacher_nll_before_training" not in density
-    assert {"teacher_nll_nats_per_sample", "teacher_nll_shuffled_conditioning"} <= density.keys()
-    assert "teacher" not in synthesis
+    assert abs(density["student"]["kl_before_training"] - start) < 0.1
+    assert density["student"]["kl"] < 0.1 * start
+    assert density["student"]["kl_from"] == "teacher of student"
+    assert set(density["teacher of student"]) == {"nll", "nll_shuffled_conditioning", "bits_per_sample_given_log_mel"}
+    assert set(synthesis) == {"recorded", "student", "griffin_lim", "whisper"}
     level = synthesis["student"]["level_difference_db"]
     assert level is not None
     assert abs(level + 20 * math.log10(2)) < 1.5, "half as loud, as the teacher is"
@@ -131,7 +129,7 @@ def test_a_users_density_is_distilled_scored_and_forgotten(tmp_path: Path, own: 
 @pytest.mark.slow
 def test_a_density_that_cannot_be_used_is_named(tmp_path: Path, own: dict[str, Any]) -> None:
     shell = Shell(tmp_path, own)
-    assert shell("run", "own.toml", "--until", "teacher").returncode == 0
+    assert shell("prepare", "own.toml").returncode == 0
     for path, name, message in (
         ("elsewhere", "someones:load", "No module named 'someones'; its module must be importable"),
         (".", "someones:lode", "has no attribute 'lode'"),
@@ -139,7 +137,7 @@ def test_a_density_that_cannot_be_used_is_named(tmp_path: Path, own: dict[str, A
     ):
         done = shell("run", "own.toml", "--until", "student", "--set", f"training.student.of={name}", path=path)
         assert done.returncode == 2, done.stderr
-        assert "student.teacher" in done.stderr
+        assert "training.student.of" in done.stderr
         assert message in done.stderr
         assert "Traceback" not in done.stderr
 
@@ -172,8 +170,9 @@ def test_it_computes_as_precisely_as_it_likes_beside_networks_in_bfloat16(
     frames, context, hop = 6, margin(recipe), recipe.audio.hop_length
     audio = 0.1 * noise(1, (frames + 2 * context) * hop).float()
     mel = LogMel(recipe.audio).of_file(audio)
-    batch = Batch(audio[:, context * hop : -context * hop], audio, mel, torch.zeros(1, mel.shape[2]))
-    objective = FromDensity(lambda mel: Density(), recipe, audio.device)
+    known = told(recipe, mel, torch.zeros(1, mel.shape[2]))
+    batch = Batch(audio[:, context * hop : -context * hop], audio, known)
+    objective = FromDensity(lambda told: Density(), recipe, "student", audio.device)
     with torch.autocast("cpu", torch.bfloat16):
         found = objective.terms(build(recipe, "student", 0), batch, [random_stream(0)])
     assert seen == [(torch.float32, torch.float32)]
@@ -187,13 +186,14 @@ def test_it_computes_as_precisely_as_it_likes_beside_networks_in_bfloat16(
         ("loss", "log_scale", 1.0),
         ("loss", "x_reconstruction", 1.0),
         ("loss", "z_reconstruction", 1.0),
-        (None, "teacher", "no_function"),
-        (None, "teacher", ".relative:load"),
+        (None, "of", "nobody"),
+        (None, "of", ".relative:load"),
     ],
 )
 def test_a_recipe_that_asks_more_of_it_is_refused(own: dict[str, Any], section: str, key: str, value: Any) -> None:
-    (own["models"]["student"][section] if section else own["models"]["student"])[key] = value
-    with pytest.raises(RecipeError, match=r"student\.teacher"):
+    training = own["training"]["student"]
+    (training[section] if section else training)[key] = value
+    with pytest.raises(RecipeError, match=r"training\.student\.(of|loss)"):
         validate_recipe(own, "own.toml")
 
 
@@ -215,22 +215,22 @@ def test_a_model_of_this_package_is_a_density_like_any_other(
     recipe = validate_recipe(tiny_data, "tiny.toml")
     experiment, student = Experiment(recipe, tmp_path, torch.device("cpu")), build(recipe, "student", 0)
     manifest = corpus(experiment.audio, recipe, [40])
-    task = distillation_task(recipe, experiment.teacher(), experiment.device)
+    task = distillation_task(recipe, "student", experiment.teacher("student"), experiment.device)
     assert not task.given, "nor is its predictor of F0 taken"
     segments = Segments(manifest, experiment.audio, "train", frames=20, margin=student.margin)
     batch = segments.draw([random_stream(0)])
     found = task.terms(student, batch, [random_stream(1)])["kl"]
     z = student.base.noise(tuple(batch.audio.shape), random_stream(1))
-    expected, _ = one_draw(student(batch.mel, batch.f0), teacher(batch.mel), z)
+    expected, _ = one_draw(student(batch.conditioning), teacher(batch.conditioning.mel_alone()), z)
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     assert found > 0.1
 
-    density = densities(experiment, experiment.teacher(), student, manifest.utterances)
+    density = densities(experiment, {"student": student}, manifest.utterances)["models"]["student"]
     clip = read_samples(experiment.audio, manifest.utterances[0])
-    mel = LogMel(recipe.audio).of_file(clip[None], student.margin)
+    mel = told(recipe, LogMel(recipe.audio).of_file(clip[None], student.margin))
     draws = student.base.noise((recipe.evaluate.kl_draws, len(clip)), random_stream(recipe.seed, DRAW, 0))
     expected = sum(one_draw(student(mel), teacher(mel), z[None])[0].item() for z in draws) / len(draws)
-    assert density["student_kl_nats_per_sample"] == pytest.approx(expected, rel=1e-4)
+    assert density["kl"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_recipes_teacher_as_a_mere_density_gives_the_same_kl(
@@ -251,9 +251,12 @@ def test_the_recipes_teacher_as_a_mere_density_gives_the_same_kl(
     audio = 0.1 * noise(2, (frames + 2 * context) * hop)
     mel = LogMel(recipe.audio).double().of_file(audio)
     f0 = torch.nn.functional.pad(student.pitch(mel), (PITCH_CONTEXT,) * 2)
-    batch = Batch(audio[:, context * hop : -context * hop], audio, mel, f0)
+    batch = Batch(audio[:, context * hop : -context * hop], audio, told(recipe, mel, f0))
     streams = [[random_stream(0, item) for item in range(2)] for _ in range(2)]
-    pair, density = Distillation(teacher, recipe), FromDensity(teacher, recipe, audio.device)
+    pair, density = (
+        Distillation(teacher, recipe, "student", audio.device),
+        FromDensity(teacher, recipe, "student", audio.device),
+    )
     for objective in (pair, density):
         objective.filters = {n_fft: filters.double() for n_fft, filters in objective.filters.items()}
     expected, found = pair.terms(student, batch, streams[0]), density.terms(student, batch, streams[1])
@@ -289,9 +292,11 @@ def test_beside_a_mere_density_the_student_is_given_f0_as_it_was_tracked(tiny_da
     mel = noise(1, recipe.audio.n_mels, 12 + 2 * student.margin) - 5
     tracked = torch.full((1, mel.shape[2]), 100.0).double()
     audio = noise(1, 12 * recipe.audio.hop_length)
-    objective = FromDensity(teacher, recipe, audio.device)
-    found = objective.terms(student, Batch(audio, audio, mel, tracked), [random_stream(0)])
+    objective = FromDensity(teacher, recipe, "student", audio.device)
+    found = objective.terms(student, Batch(audio, audio, told(recipe, mel, tracked)), [random_stream(0)])
     z = student.base.noise(tuple(audio.shape), random_stream(0)).double()
-    by_tracked, by_predicted = (one_draw(student(mel, f0), teacher(mel), z)[0][0] for f0 in (tracked, None))
+    by_tracked, by_predicted = (
+        one_draw(student(told(recipe, mel, f0)), teacher(told(recipe, mel)), z)[0][0] for f0 in (tracked, None)
+    )
     torch.testing.assert_close(found["kl"], by_tracked)
     assert (by_tracked - by_predicted).abs() > 1e-3

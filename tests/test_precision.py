@@ -19,6 +19,7 @@ from wavedistill.models.waveform import WaveformModel
 from wavedistill.networks.wavenet import WaveNet
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import LogMel
+from wavedistill.speech.conditioning import Conditioning
 from wavedistill.speech.linear_prediction import LinearPrediction, LinearPredictionFromMel
 from wavedistill.training.distillation import log_mel_filters
 from wavedistill.training.likelihood import likelihood_task
@@ -81,7 +82,7 @@ def test_a_density_does_not_follow_autocast(tiny: Recipe, speech: tuple[Tensor, 
 
 def test_losses_of_the_waveform_do_not_follow_autocast(tiny: Recipe, speech: tuple[Tensor, Tensor]) -> None:
     audio, _ = speech
-    filters = log_mel_filters(tiny, audio.device)
+    filters = log_mel_filters(tiny, (512, 1024), audio.device)
 
     def distances() -> Tensor:
         return torch.stack(
@@ -110,7 +111,7 @@ def test_of_a_model_only_the_networks_follow_autocast(
     types = layer_types(monkeypatch)
 
     def densities() -> Tensor:
-        density = model(mel)
+        density = model(Conditioning(mel, context))
         return density.log_prob_steps(audio) if kind == "teacher" else density.rsample_and_log_prob_steps(audio)[1]
 
     full = densities()
@@ -118,7 +119,7 @@ def test_of_a_model_only_the_networks_follow_autocast(
     types.clear()
     with lowered():
         found = densities()
-        residual, ladj = model.analyse(audio, mel[..., context:-context])
+        residual, ladj = model.analyse(audio, Conditioning(mel, context).within(0))
     assert {kind for _, kind in types} == {torch.bfloat16}
     assert found.dtype == residual.dtype == ladj.dtype == torch.float32
     assert 0 < (found - full).abs().mean() < 0.02, "as precise as bfloat16 lets the networks be"
@@ -126,10 +127,10 @@ def test_of_a_model_only_the_networks_follow_autocast(
     if kind == "teacher":
         # The value is the float32 density of what the networks gave.
         with lowered():
-            conditionals = model.residual(mel).conditionals(audio)
-            inside = conditionals.log_prob(audio)
+            conditionals = model.residual(Conditioning(mel, context)).conditionals(audio)
+            inside = conditionals.log_prob_steps(audio)
         assert all(parameter.dtype == torch.float32 for parameter in conditionals.parameters)
-        assert torch.equal(inside, conditionals.log_prob(audio))
+        assert torch.equal(inside, conditionals.log_prob_steps(audio))
 
 
 @pytest.mark.slow
@@ -144,12 +145,12 @@ def test_a_training_in_bfloat16_follows_that_in_float32(
     values = {}
     for precision, trained in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
         types.clear()
-        settings = tiny.training.teacher.model_copy(
+        settings = tiny.training["teacher"].model_copy(
             update={"precision": precision, "steps": 30, "validate_every": 30, "segment_frames": 10}
         )
         folder = tmp_path / precision
         values[precision] = fit(
-            likelihood_task(tiny)._replace(settings=settings, sample=lambda model, batch: batch.audio),
+            likelihood_task(tiny, "teacher")._replace(settings=settings, sample=lambda model, batch: batch.audio),
             both,
             tmp_path / "audio",
             recipe=tiny,

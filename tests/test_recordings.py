@@ -245,8 +245,8 @@ from tests.conftest import HEARD
 from wavedistill import cli
 from wavedistill.corpus import recordings
 from wavedistill.models.checkpoint import Checkpoint
-from wavedistill.recipe.config import load_recipe
-from wavedistill.models.models import build
+from wavedistill.recipe.loading import load_recipe
+from wavedistill.models.kinds import build
 from wavedistill.stages import prepare
 
 what, path, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])

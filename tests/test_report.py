@@ -41,5 +41,5 @@ def test_a_table_is_of_the_very_models_settings_and_version(
     path.write_text(json.dumps({"rows": [{"of": of}, {"of": "another student's"}]}))
     assert _current(experiment, path) is None, "every row"
     path.write_text(json.dumps({"rows": [{"of": of}]}))
-    monkeypatch.setattr("wavedistill.experiment.experiment.__version__", "99")
+    monkeypatch.setattr("wavedistill.experiment.folder.__version__", "99")
     assert _current(experiment, path) is None

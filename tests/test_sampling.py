@@ -23,9 +23,19 @@ from wavedistill.recipe.recipe import Recipe
 from wavedistill.sampling.compiled import AHEAD, _exponential, _solve_mixture
 from wavedistill.sampling.sequential import Solver, cached, compiled, conditioner_of, graphed, invert, naive, sample
 from wavedistill.sampling.streaming import STREAM_VALUES, slices, stream
+from wavedistill.speech.conditioning import Conditioning
 
 SOLVERS = [cached, compiled]
 MIXTURES = [MixtureCdf(StandardNormal()), MixtureCdf(StandardLogistic())]
+
+
+def split(told: Conditioning, frames: int | list[int]) -> list[Conditioning]:
+    """In pieces for a stream, those around it included."""
+    return [Conditioning(piece, 0) for piece in told.mel.split(frames, -1)]
+
+
+def narrow(told: Conditioning) -> Conditioning:
+    return Conditioning(told.mel.float(), told.margin)
 
 
 def flow_of(elementwise: Elementwise, reads: str, **changes: Any) -> Autoregressive:
@@ -81,7 +91,7 @@ def test_unconditional_sampling(solver: Solver) -> None:
 def test_compiled_loop_in_blocks_is_the_loop_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     flow, context, z = small_flow("x"), (noise(2, 10, 3),), noise(2, 37)
     whole = compiled(flow, z, context)
-    monkeypatch.setattr("wavedistill.sampling.sampling.BLOCK", 5)
+    monkeypatch.setattr("wavedistill.sampling.sequential.BLOCK", 5)
     assert torch.equal(compiled(flow, z, context), whole)
 
 
@@ -94,7 +104,7 @@ def test_compiled_loop_past_the_steps_it_computes_ahead(kernel_size: int, monkey
         whole = compiled(flow, z, context)
         assert max(conditioner_of(flow).wavenet.dilations) > AHEAD
         assert (cached(flow, z, context) - whole).abs().max() < 1e-9 * whole.abs().max()
-        monkeypatch.setattr("wavedistill.sampling.sampling.BLOCK", 37)
+        monkeypatch.setattr("wavedistill.sampling.sequential.BLOCK", 37)
         assert torch.equal(compiled(flow, z, context), whole)
 
 
@@ -152,8 +162,8 @@ def test_a_stream_equals_one_pass(pieces: int, pitch: bool, monkeypatch: pytest.
     """The past of every layer, of linear prediction and of the source's phase cross the borders of blocks."""
     monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6)
     model = small_model("student", pitch=pitch)
-    mel, z = small_mel(2, 38)[..., : 38 + 2 * model.margin], noise(2, 38 * 8)
-    blocks = list(stream(model, mel.split(pieces, -1), slices(z)))
+    mel, z = small_mel(2, 38).within(model.margin), noise(2, 38 * 8)
+    blocks = list(stream(model, split(mel, pieces), slices(z)))
     assert max(block.shape[1] for block in blocks) <= 24
     torch.testing.assert_close(torch.cat(blocks, 1), sample(model(mel), z), rtol=0, atol=1e-9)
 
@@ -165,12 +175,12 @@ def test_a_stream_by_compiled_networks_equals_one_pass(monkeypatch: pytest.Monke
     monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6)
     model, mel, z = small_model("student"), small_mel(2, 38), noise(2, 38 * 8)
     torch._dynamo.reset()
-    blocks = list(stream(model, mel.split([25, 23], -1), slices(z), compiled=True))
+    blocks = list(stream(model, split(mel, [25, 23]), slices(z), compiled=True))
     assert {block.shape[1] for block in blocks} > {24}
     torch.testing.assert_close(torch.cat(blocks, 1), sample(model(mel), z), rtol=0, atol=1e-9)
     with torch.compiler.set_stance("fail_on_recompile"):
         for frames in (38, 31, 12):
-            shorter = mel[..., : frames + 2 * model.margin]
+            shorter = mel.block(0, frames)
             again = stream(model, [shorter], slices(z[:, : frames * 8]), compiled=True)
             expected = sample(model(shorter), z[:, : frames * 8])
             torch.testing.assert_close(torch.cat(list(again), 1), expected, rtol=0, atol=1e-9)
@@ -180,16 +190,17 @@ MEMORY = """
 import sys
 import torch
 from pathlib import Path
-from wavedistill.recipe.config import load_recipe
-from wavedistill.corpus.data import random_stream
-from wavedistill.models.models import build
-from wavedistill.sampling.sampling import stream
+from wavedistill.recipe.loading import load_recipe
+from wavedistill.tools.random import random_stream
+from wavedistill.models.kinds import build
+from wavedistill.sampling.streaming import stream
+from wavedistill.speech.conditioning import Conditioning
 
 torch.set_num_threads(1)
 recipe = load_recipe(Path(sys.argv[1]))
 model, generator = build(recipe, "student", 0), random_stream(0)
 lengths = [8] * int(sys.argv[2]) + [2 * model.margin]
-pieces = (torch.full((1, recipe.audio.n_mels, length), -5.0) for length in lengths)
+pieces = (Conditioning(torch.full((1, recipe.audio.n_mels, length), -5.0), 0) for length in lengths)
 count = sum(block.shape[1] for block in stream(model, pieces, lambda n: model.base.noise((1, n), generator)))
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
 print(count, peak.split()[1])
@@ -215,27 +226,27 @@ def test_a_stream_in_float32_equals_one_pass(pieces: int, monkeypatch: pytest.Mo
     """Rounding differs with the length of a block; it must not decide on harmonics, nor ring on in a filter."""
     monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6)
     model = small_model("student").float()
-    mel, z = small_mel(2, 38).float(), noise(2, 38 * 8).float()
-    streamed = torch.cat(list(stream(model, mel.split(pieces, -1), slices(z))), 1)
+    mel, z = narrow(small_mel(2, 38)), noise(2, 38 * 8).float()
+    streamed = torch.cat(list(stream(model, split(mel, pieces), slices(z))), 1)
     whole = sample(model(mel), z)
     assert (streamed - whole).abs().max() < 1e-6 * whole.abs().max()
 
 
 def test_what_cannot_be_streamed_is_refused_and_no_part_of_it_left_out() -> None:
     with pytest.raises(ValueError, match="Autoregressive among its flows"):
-        next(stream(small_model("teacher"), [small_mel(1, 5)], lambda n: noise(1, n)))
+        next(stream(small_model("teacher"), split(small_mel(1, 5), 15), lambda n: noise(1, n)))
     scaled = small_model("student")
     scaled.flows.parts.append(Scale(2.0))
     with pytest.raises(ValueError, match="Scale among its flows"):
-        next(stream(scaled, [small_mel(1, 5)], lambda n: noise(1, n)))
+        next(stream(scaled, split(small_mel(1, 5), 15), lambda n: noise(1, n)))
     with pytest.raises(ValueError, match="noise for 39 steps"):
-        list(stream(small_model("student"), [small_mel(1, 5)], slices(noise(1, 39))))
+        list(stream(small_model("student"), split(small_mel(1, 5), 15), slices(noise(1, 39))))
 
 
 @pytest.mark.parametrize("solver", [naive, cached, compiled])
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_every_sampler_runs_under_autocast(kind: str, solver: Solver) -> None:
-    model, mel, z = small_model(kind).float(), small_mel(1, 5).float(), noise(1, 40).float()
+    model, mel, z = small_model(kind).float(), narrow(small_mel(1, 5)), noise(1, 40).float()
     expected = sample(model(mel), z, solver)
     with torch.autocast("cpu", torch.bfloat16):
         found = sample(model(mel), z, solver)
@@ -253,8 +264,8 @@ def test_recorded_steps_equal_naive(monkeypatch: pytest.MonkeyPatch) -> None:
         run()
         return run
 
-    monkeypatch.setattr("wavedistill.sampling.sampling._record", record)
-    monkeypatch.setattr("wavedistill.sampling.sampling.STEPS_BLOCK", 10)
+    monkeypatch.setattr("wavedistill.sampling.sequential._record", record)
+    monkeypatch.setattr("wavedistill.sampling.sequential.STEPS_BLOCK", 10)
     flow, z = small_flow("x", source_channels=2), noise(2, 37)
     context = (noise(2, 10, 3), noise(2, 40, 2))
     # The second on the first one's recording, in another mode.

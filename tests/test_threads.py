@@ -46,10 +46,10 @@ def test_what_was_begun_goes_on_with_its_number(monkeypatch: pytest.MonkeyPatch)
 RATIO = """
 import statistics, sys, time
 from pathlib import Path
-from wavedistill.recipe.config import load_recipe
-from wavedistill.corpus.data import random_stream
-from wavedistill.models.models import build
-from wavedistill.sampling.sampling import sample
+from wavedistill.recipe.loading import load_recipe
+from wavedistill.tools.random import random_stream
+from wavedistill.models.kinds import build
+from wavedistill.sampling.sequential import sample
 import torch
 
 model = build(load_recipe(Path(sys.argv[1])), "student", 0)

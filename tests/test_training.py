@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from tests.conftest import margin, speech_like
+from tests.conftest import margin, speech_like, told
 from tests.test_audio import corpus
 from wavedistill.corpus.segments import Batch, dequantise
 from wavedistill.corpus.utterances import Manifest
@@ -28,6 +29,7 @@ from wavedistill.recipe.loading import validate_recipe
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.sampling.sequential import sample
 from wavedistill.speech.audio import LogMel, rms_db
+from wavedistill.speech.conditioning import Conditioning
 from wavedistill.speech.pitch import PitchPredictor
 from wavedistill.tools.errors import CheckpointError, CorpusError, TrainingError
 from wavedistill.tools.random import Streams, random_stream
@@ -73,20 +75,20 @@ def train(tmp_path: Path, recipe: Recipe) -> Train:
 
         def terms(model: WaveformModel, batch: Batch, streams: Streams) -> Mapping[str, Tensor]:
             hook(next(count))
-            density = model(batch.mel, batch.f0)
+            density = model(batch.conditioning)
             assert model.pitch is not None
             return {
                 "nll": negative_log_likelihood(density, dequantise(batch.audio, streams)).mean(),
-                "pitch": model.pitch.loss(batch.mel, batch.f0),
+                "pitch": model.pitch.loss(batch.conditioning),
             }
 
-        settings = recipe.training.teacher.model_copy(update={"steps": steps})
+        settings = recipe.training["teacher"].model_copy(update={"steps": steps})
         task = Task(
             "teacher",
             settings,
             terms,
             {"nll": 1.0},
-            lambda model, batch: sample(model(batch.mel), torch.zeros(1, 800)),
+            lambda model, batch: sample(model(batch.conditioning), torch.zeros(1, 800)),
             given or {},
         )
         return fit(
@@ -232,6 +234,12 @@ def test_a_damaged_state_is_named_and_left_alone(tmp_path: Path, train: Train) -
     assert [path.stat().st_size for path in saved_states(tmp_path / "a")] == [1000, 1000]
 
 
+def spoil(batch: Batch) -> Batch:
+    """The same without a finite log-mel."""
+    told = batch.conditioning
+    return batch._replace(conditioning=replace(told, mel=told.mel * math.nan))
+
+
 def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -272,7 +280,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(tmp_pat
         if number != 1:
             return step(learner, parts, number)
         before = [value.clone() for part in (learner.model, learner.average) for value in part.parameters()]
-        found = step(learner, [(batch._replace(mel=batch.mel * math.nan), streams) for batch, streams in parts], number)
+        found = step(learner, [(spoil(batch), streams) for batch, streams in parts], number)
         after = [value for part in (learner.model, learner.average) for value in part.parameters()]
         assert all(map(torch.equal, before, after))
         assert all(state["step"] == 1 for state in learner.optimizer.state.values())
@@ -290,8 +298,8 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(tmp_pat
 def test_a_loss_that_is_not_finite_stops_the_training_and_keeps_the_checkpoint(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wavedistill.training.training.learning_rate", lambda settings, step: 1e30)
-    with pytest.raises(TrainingError, match=r"not finite .*step .*lower teacher\.training\.learning_rate"):
+    monkeypatch.setattr("wavedistill.training.task.learning_rate", lambda settings, step: 1e30)
+    with pytest.raises(TrainingError, match=r"not finite .*step .*lower training\.teacher\.learning_rate"):
         train("a")
     assert all(value.isfinite().all() for value in weights(tmp_path / "a").values())
 
@@ -358,7 +366,7 @@ def test_no_step_follows_a_gradient_longer_than_the_recipe_allows(
     step, norms = Learner.step, []
 
     def noted(learner: Learner, parts: Any, number: int) -> tuple[dict[str, Tensor], float]:
-        learner.task = learner.task._replace(settings=learner.task.settings.model_copy(update={"grad_clip": 0.05}))
+        learner.players = [player._replace(grad_clip=0.05) for player in learner.players]
         terms, norm = step(learner, parts, number)
         clipped = nn.utils.get_total_norm([p.grad for n, p in learner.model.named_parameters() if "pitch." not in n])
         norms.append((norm, float(clipped)))
@@ -395,15 +403,16 @@ def test_a_likelihood_is_learnt_from_dequantised_audio(
     wide = (quiet * 2**15).round() / 2**15
     cut = model.margin * 200
     mel = LogMel(tiny.audio).of_file(wide)
-    batch = Batch(wide[:, cut:-cut], wide, mel, torch.zeros(2, frames))
+    known = Conditioning(mel, model.margin, torch.zeros(2, frames))
+    batch = Batch(wide[:, cut:-cut], wide, known)
     streams = [[random_stream(0, item) for item in range(2)] for _ in range(2)]
-    found = likelihood_task(tiny).terms(model, batch, streams[0])["nll"]
+    found = likelihood_task(tiny, "teacher").terms(model, batch, streams[0])["nll"]
     audio = dequantise(wide, streams[1])
-    residual, ladj = model.analyse(audio, mel)
-    expected = -(model.residual(mel, batch.f0).log_prob_steps(residual) + ladj).mean()
+    residual, ladj = model.analyse(audio, known)
+    expected = -(model.residual(known).log_prob_steps(residual) + ladj).mean()
     torch.testing.assert_close(found, expected)
-    residual, ladj = model.analyse(wide, mel)
-    bare = -(model.residual(mel, batch.f0).log_prob_steps(residual) + ladj).mean()
+    residual, ladj = model.analyse(wide, known)
+    bare = -(model.residual(known).log_prob_steps(residual) + ladj).mean()
     assert abs(bare - expected) > 1e-5
 
 
@@ -418,7 +427,7 @@ def test_average_weighs_the_old_value_with_the_decay() -> None:
 
 
 def test_learning_rate_rises_then_falls(recipe: Recipe) -> None:
-    settings = recipe.training.teacher.model_copy(update={"steps": 100, "warmup_steps": 9, "learning_rate": 1.0})
+    settings = recipe.training["teacher"].model_copy(update={"steps": 100, "warmup_steps": 9, "learning_rate": 1.0})
     rates = [learning_rate(settings, step) for step in range(100)]
     assert abs(rates[0] - 0.1) < 1e-2
     assert rates.index(max(rates)) == 9
@@ -435,13 +444,13 @@ def test_before_the_first_step_a_sample_has_the_level_of_the_data(
 ) -> None:
     """Of all data without linear prediction; with it, of the very recording whose log-mel is given."""
     tiny_data["linear_prediction"]["order"] = order
-    tiny_data[kind]["base"] = base
+    tiny_data["models"][kind]["base"] = base
     tiny_data["training"]["student"]["loss"]["kl_estimator"] = "mc"  # for any base
     recipe = validate_recipe(tiny_data, "tiny.toml")
-    model = build(kind, recipe, seed=0)
+    model = build(recipe, kind, seed=0)
     recording = speech_like(8000) * 10 ** (recipe.audio.level_db / 20) / speech_like(8000).std()
     mel = LogMel(recipe.audio).of_file(recording[None], margin(recipe))
-    x = sample(model(mel), model.base.noise((1, 8000), random_stream(0)))
+    x = sample(model(told(recipe, mel)), model.base.noise((1, 8000), random_stream(0)))
     assert abs(rms_db(x[0]) - recipe.audio.level_db) < 2
     assert abs(x.mean()) < 0.01
 
@@ -452,10 +461,9 @@ def test_the_bound_of_log_scale_never_stops_the_gradient(tiny: Recipe) -> None:
     conditioner = flow.conditioner
     with torch.no_grad():
         conditioner.wavenet.head.bias[1] = -20.0
-    _, log_scale = conditioner(
-        torch.zeros(1, 8), model.residual(torch.zeros(1, tiny.audio.n_mels, 1 + 2 * model.margin)).context[0]
-    )
-    assert (log_scale >= tiny.teacher.min_log_scale).all()
+    silence = told(tiny, torch.zeros(1, tiny.audio.n_mels, 1 + 2 * model.margin))
+    _, log_scale = conditioner(torch.zeros(1, 8), model.residual(silence).context[0])
+    assert (log_scale >= tiny.models["teacher"].min_log_scale).all()
     log_scale.sum().backward()
     assert conditioner.wavenet.head.bias.grad[1] > 0
 

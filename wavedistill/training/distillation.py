@@ -1,6 +1,6 @@
 """Distillation: what a student is told about its teacher and about the recording, as named terms."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -170,13 +170,7 @@ class FromDensity(Objective):
 
         def kl(told: Conditioning) -> Tensor:
             with torch.autocast(x.device.type, enabled=False):
-                found = one_draw_kl(log_q, self.teacher(told.mel_alone()), x)
-            if found.shape != log_q.shape:
-                raise RecipeError(
-                    f"training.{self.name}.of: its log_prob gave shape {tuple(found.shape)} for waveforms "
-                    f"{tuple(x.shape)}; it must give {tuple(log_q.shape)}, the log density of each in nats"
-                )
-            return found
+                return one_draw_kl(log_q, _Checked(self.teacher(told.mel_alone()), self.name), x)
 
         found = {"kl": kl(told), **self.spectra(x, batch.audio)}
         if self.loss.contrastive:
@@ -184,6 +178,22 @@ class FromDensity(Objective):
         if student.pitch is not None:
             found["pitch"] = student.pitch.loss(told)
         return {name: term.mean() for name, term in found.items()}
+
+
+class _Checked(NamedTuple):
+    """A density of the user's own, whose log_prob is one number for each waveform."""
+
+    density: Density
+    training: str
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        found = self.density.log_prob(x)
+        if found.shape != x.shape[:1]:
+            raise RecipeError(
+                f"training.{self.training}.of: its log_prob gave shape {tuple(found.shape)} for waveforms "
+                f"{tuple(x.shape)}; it must give {tuple(x.shape[:1])}, the log density of each in nats"
+            )
+        return found
 
 
 def log_mel_filters(recipe: Recipe, n_ffts: tuple[int, ...], device: torch.device) -> dict[int, Tensor]:

@@ -16,6 +16,7 @@ import soundfile
 import torch
 
 from tests.conftest import RECIPES, REPOSITORY, speech_like
+from wavedistill.benchmarking import draws
 from wavedistill.cli import main
 from wavedistill.evaluation.verdict import Scores, against_untrained, gates, in_words
 from wavedistill.experiment.folder import Experiment
@@ -25,10 +26,12 @@ from wavedistill.models.compiling import compiler, require_compiler
 from wavedistill.recipe.loading import load_recipe
 from wavedistill.recipe.sections import Gates
 from wavedistill.speech.audio import LogMel
-from wavedistill.stages import STAGES, benchmark
+from wavedistill.stages import benchmark, stages_of
 from wavedistill.training.state import saved_states
 
 TINY = str(RECIPES / "tiny.toml")
+STAGES = stages_of(load_recipe(TINY))
+PAIR = ["teacher", "student"]
 
 
 def wavedistill(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -107,19 +110,18 @@ def test_a_run_leaves_what_it_promises(tiny_run: Path) -> None:
 @pytest.mark.slow
 def test_metrics_hold_the_promised_figures(tiny_run: Path) -> None:
     metrics = json.loads((tiny_run / "metrics.json").read_text())
+    assert metrics["recipe"] == load_recipe(TINY).model_dump(mode="json")
     density = metrics["density"]
-    assert {
-        "teacher_nll_nats_per_sample",
-        "teacher_bits_per_sample_given_log_mel",
-        "student_kl_nats_per_sample",
-        "student_kl_standard_error",
-    } <= set(density)
-    assert density["teacher_nll_nats_per_sample"] < density["teacher_nll_before_training"] - 0.05
+    teacher, student = (density["models"][name] for name in ("teacher", "student"))
+    assert set(density["models"]) == {"teacher", "student"}
+    assert set(student) == {"kl", "kl_before_training", "kl_standard_error", "kl_from"}
+    assert {"nll", "bits_per_sample_given_log_mel"} <= set(teacher)
+    assert teacher["nll"] < teacher["nll_before_training"] - 0.05
     # In so few steps the spectral term outweighs the KL; that the sum fell shows in the step whose weights were kept.
-    assert 0 < density["student_kl_nats_per_sample"] < 0.5
+    assert 0 < student["kl"] < 0.5
     assert all(load_model(tiny_run / kind / "checkpoint.safetensors").step > 0 for kind in ("teacher", "student"))
-    assert density["teacher_nll_before_training"] < density["level_gaussian_nll_nats_per_sample"] - 2
-    assert density["teacher_nll_shuffled_conditioning"] > density["teacher_nll_nats_per_sample"]
+    assert teacher["nll_before_training"] < density["level_gaussian_nll"] - 2
+    assert teacher["nll_shuffled_conditioning"] > teacher["nll"]
     assert set(metrics["synthesis"]) == SYSTEMS
     for scores in metrics["synthesis"].values():
         assert set(scores) == {
@@ -141,7 +143,7 @@ def test_metrics_hold_the_promised_figures(tiny_run: Path) -> None:
     assert griffin_lim["stoi"] > 0.7
     assert whisper["periodicity"] < 0.5 * recorded["periodicity"]
     assert whisper["vuv_f1"] < 0.5
-    assert set(metrics["pitch_from_mel"]) == {"f0_rmse_cents", "vuv_f1"}
+    assert set(metrics["pitch_from_mel"]["student"]) == {"f0_rmse_cents", "vuv_f1"}
     about = metrics["about"]
     assert {"cpu", "torch", "date"} <= set(about["machine"])
     assert (about["seed"], about["temperature"], about["clips"]) == (1, 1, 2)
@@ -150,20 +152,21 @@ def test_metrics_hold_the_promised_figures(tiny_run: Path) -> None:
         "teacher/checkpoint.safetensors",
         "student/checkpoint.safetensors",
     }
-    assert metrics["against_untrained"]["mcd_db"]["student"] == metrics["synthesis"]["student"]["mcd_db"]
+    assert metrics["against_untrained"]["student"]["mcd_db"]["own"] == metrics["synthesis"]["student"]["mcd_db"]
 
 
 @pytest.mark.slow
 def test_gates_are_applied_to_the_student_and_named_where_they_fail(tiny_run: Path) -> None:
     metrics = json.loads((tiny_run / "metrics.json").read_text())
-    gates, student = metrics["gates"], metrics["synthesis"]["student"]
+    assert set(metrics["gates"]) == {"student"}, "the model that draws in parallel"
+    gates, student = metrics["gates"]["student"], metrics["synthesis"]["student"]
     assert set(gates) == {"level_db", "tilt_db", "vuv_f1", "periodicity", "better_scores"}
     assert gates["level_db"]["value"] >= abs(student["level_difference_db"])
     assert gates["vuv_f1"]["value"] == student["vuv_f1"]
     page = (tiny_run / "report.html").read_text()
     assert page.count('class="failed"') == sum(not gate["passed"] for gate in gates.values())
     assert ("fails its gates" in page) == any(not gate["passed"] for gate in gates.values())
-    assert in_words(metrics["against_untrained"]) in page
+    assert in_words(metrics["against_untrained"]["student"]) in page
 
 
 @pytest.mark.parametrize(
@@ -194,7 +197,7 @@ def test_each_gate_catches_its_own_fault(changes: list[dict[str, float | None]],
     }
     thresholds = Gates(level_db=3.0, tilt_db=3.0, vuv_f1=0.9, periodicity=0.8, better_scores=1)
     student = [{**good, **change} for change in changes]
-    compared = against_untrained({"student": student[0], **BASELINES})
+    compared = against_untrained({"student": student[0], **BASELINES}, "student")
     found = gates(student, [{"periodicity": 0.9}], compared, thresholds)
     assert {name for name, gate in found.items() if not gate["passed"]} == failed
 
@@ -207,7 +210,7 @@ BASELINES: dict[str, Scores] = {
 
 def test_a_student_is_compared_with_the_best_that_needs_no_training() -> None:
     """In each score, by how much, and in words; one that is below it everywhere passes no gate for it."""
-    compared = against_untrained({"student": {"pesq_wb": 2.3, "stoi": 0.93, "mcd_db": 3.0}, **BASELINES})
+    compared = against_untrained({"student": {"pesq_wb": 2.3, "stoi": 0.93, "mcd_db": 3.0}, **BASELINES}, "student")
     assert {name: found["gain"] for name, found in compared.items()} == pytest.approx(
         {"pesq_wb": 0.1, "stoi": -0.04, "mcd_db": -2.0}
     )
@@ -215,9 +218,9 @@ def test_a_student_is_compared_with_the_best_that_needs_no_training() -> None:
         "PESQ-wb 2.30 (0.10 better than griffin_lim), STOI 0.930 (0.040 worse than griffin_lim), "
         "MCD 3.00 dB (2.00 dB worse than griffin_lim)"
     )
-    whisper = against_untrained({"student": BASELINES["whisper"], **BASELINES})
+    whisper = against_untrained({"student": BASELINES["whisper"], **BASELINES}, "student")
     assert all(found["gain"] < 0 for found in whisper.values())
-    assert not against_untrained({"student": dict.fromkeys(BASELINES["whisper"]), **BASELINES})
+    assert not against_untrained({"student": dict.fromkeys(BASELINES["whisper"]), **BASELINES}, "student")
 
 
 @pytest.mark.slow
@@ -260,20 +263,20 @@ def test_tables_on_demand_measure_batches_sizes_and_trainings(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "FULL_SECONDS", (0.1,))
-    monkeypatch.setattr(benchmark, "CROSSOVER", (0.5, 1))
-    monkeypatch.setattr(benchmark, "CROSSOVER_SECONDS", 0.1)
+    monkeypatch.setattr(draws, "CROSSOVER", (0.5, 1))
+    monkeypatch.setattr(draws, "CROSSOVER_SECONDS", 0.1)
     root = tmp_path / "tiny"
     shutil.copytree(tiny_run, root)
     experiment = Experiment(load_recipe(Path(TINY)), root, torch.device("cpu"))
-    assert run_stage(benchmark.full, experiment).endswith("benchmark_full.json")
-    assert run_stage(benchmark.full, experiment) == "benchmark_full: up to date"
+    assert run_stage(benchmark.full(PAIR), experiment).endswith("benchmark_full.json")
+    assert run_stage(benchmark.full(PAIR), experiment) == "benchmark_full: up to date"
     rows = json.loads((root / "benchmark_full.json").read_text())["rows"]
     assert {row["batch_size"] for row in rows} == {1, 16}
     batch = next(row for row in rows if row["batch_size"] == 16 and row["sampler"] == "compiled")
     assert batch["samples_per_second"] == pytest.approx(16 * 1600 / batch["seconds_median"])
     small, large = (row["flops_per_sample"] for row in rows if not row["trained"])
     assert small < large
-    assert "training of the student" in run_stage(benchmark.train, experiment)
+    assert "training of the student" in run_stage(benchmark.train(PAIR), experiment)
     table = json.loads((root / "benchmark_train.json").read_text())
     assert [row["model"] for row in table["rows"]] == ["teacher", "student"]
     for row in table["rows"]:
@@ -359,7 +362,7 @@ def test_generate_gives_frames_times_hop_samples(tiny_run: Path, tmp_path: Path,
     else:
         refused = wavedistill("generate", checkpoint, inputs[0], "--out", tmp_path / "no", "--bf16")
         assert refused.returncode == 2
-        assert "--bf16: is for students" in " ".join(refused.stderr.split())
+        assert "--bf16: is for parallel models" in " ".join(refused.stderr.split())
     cold = generate("cold", "--temperature", "0")
     for name, wave in first.items():
         assert np.array_equal(wave, again[name])
@@ -395,7 +398,8 @@ def test_mistakes_end_in_one_message(tmp_path: Path) -> None:
     fails(2, "name: unknown key", "run", TINY, "--set", "name=x", "--exp", tmp_path)
     fails(2, "cannot read the recipe", "prepare", tmp_path / "none.toml")
     fails(2, "comes after --until", "run", TINY, "--from", "report", "--until", "teacher", "--exp", tmp_path)
-    fails(2, "No such command", "prepaer", TINY)
+    fails(2, "prepaer: no stage of this recipe", "prepaer", TINY)
+    fails(2, "No such command", "prepaer")
     fails(1, "the prepare stage has not finished", "teacher", TINY, "--exp", tmp_path)
     fails(1, "none.pt: no such checkpoint", "generate", tmp_path / "none.pt", TINY, "--out", tmp_path)
     fails(1, "not a wavedistill checkpoint", "generate", TINY, TINY, "--out", tmp_path)
@@ -406,8 +410,34 @@ def test_mistakes_end_in_one_message(tmp_path: Path) -> None:
 def test_help_shows_every_command_with_examples() -> None:
     result = wavedistill("--help")
     assert result.returncode == 0
-    for word in (*STAGES, "run", "generate", "wavedistill run recipes/demo.toml"):
+    for word in (*STAGES, "run", "new", "generate", "wavedistill run demo"):
         assert word in result.stdout
-    for command in (*STAGES, "run", "generate"):
+    for command in (*STAGES, "run", "new", "generate"):
         assert wavedistill(command, "--help").returncode == 0
     assert wavedistill("--version").stdout.startswith("wavedistill ")
+
+
+def test_a_recipe_for_a_voice_of_one_s_own_is_written_once(tmp_path: Path) -> None:
+    """It is that of own_voice.toml, is valid, and a file that is there already is left alone."""
+    path = tmp_path / "mine.toml"
+    assert f"wavedistill run {path}" in wavedistill("new", path).stdout
+    assert path.read_text() == (RECIPES / "own_voice.toml").read_text()
+    assert load_recipe(path).corpus.path == str(tmp_path / "recordings")
+    path.write_text("mine")
+    fails(1, "is there already", "new", path)
+    assert path.read_text() == "mine"
+    fails(2, "ends in .toml", "new", tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["runn"], ["run", "nothing"], ["run", "tiny", "--set", "x=1"]]
+)
+def test_a_command_answers_for_itself_before_it_imports_torch(words: list[str]) -> None:
+    script = (
+        "import sys; from wavedistill.cli import main; sys.argv = ['wavedistill', *sys.argv[1:]]\n"
+        "try: main()\nexcept SystemExit: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1] == "False", done.stderr

@@ -16,7 +16,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer import BadParameter
 
-from tests.conftest import RECIPES, REPOSITORY, write_voice
+from tests.conftest import RECIPES, REPOSITORY, changed, write_voice
 from wavedistill.cli import _device, main
 from wavedistill.corpus.utterances import Manifest
 from wavedistill.models import checkpoint
@@ -217,11 +217,10 @@ def test_a_waveform_is_one_process_s_work(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tiny: Recipe, tmp_path: Path) -> None:
-    training = tiny.training["teacher"].model_copy(update={"batch_size": 3, "accumulate": 2})
-    recipe = tiny.model_copy(update={"teacher": tiny.models["teacher"].model_copy(update={"training": training})})
+    recipe = changed(tiny, "training.teacher", batch_size=3, accumulate=2)
     nothing = Manifest(audio=tiny.audio, utterances=[])
-    with pytest.raises(RecipeError, match=r"teacher\.training\.batch_size = 3: cannot .* for instance batch_size = 4"):
-        Batches(likelihood_task(recipe), nothing, tmp_path, recipe, launch(torch.device("cpu")))
+    with pytest.raises(RecipeError, match=r"training\.teacher\.batch_size = 3: cannot .* for instance batch_size = 4"):
+        Batches(likelihood_task(recipe, "teacher"), nothing, tmp_path, recipe, launch(torch.device("cpu")), 5)
 
 
 def test_all_in_float32_is_no_tensorfloat(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tests.conftest import RECIPES, REPOSITORY
 from tests.test_metrics import buzz, hiss
-from wavedistill.corpus.segments import Batch
 from wavedistill.corpus.sources import sources
 from wavedistill.recipe.loading import load_recipe
 from wavedistill.recipe.sections import Audio
@@ -50,7 +49,7 @@ def voices() -> dict[str, list[Tensor]]:
 def heard(mels: list[Tensor]) -> Heard:
     """As a training hears them: by segments of half a second."""
     segments = [mel[:, first : first + 40] for mel in mels for first in range(0, mel.shape[1] - 40, 20)]
-    return Heard.of(Batch(torch.empty(0), torch.empty(0), torch.stack(segments), torch.zeros(1)))
+    return Heard.of(torch.stack(segments), torch.zeros(1))
 
 
 PAIRS = [(own, other) for own in ("synthetic", "human") for other in ("synthetic", "human")]
@@ -130,7 +129,7 @@ def test_a_voice_outside_the_training_is_told() -> None:
 def test_what_a_model_hears_are_the_bands_and_f0_of_its_segments(tmp_path: Path) -> None:
     mel = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0))
     f0 = torch.cat([torch.zeros(100), torch.linspace(100, 200, 101)])[None]
-    found = Heard.of(Batch(torch.empty(0), torch.empty(0), mel, f0))
+    found = Heard.of(mel, f0)
     frames = torch.cat([sounding(each) for each in mel], 1)
     assert found.mel_mean == pytest.approx(frames.mean(1).tolist())
     assert (found.f0_low, found.f0_high) == pytest.approx((105, 195))

@@ -14,14 +14,14 @@ import soxr
 import torch
 
 from tests.conftest import HEARD, REPOSITORY, speech_like
-from wavedistill import cli
 from wavedistill.corpus import recordings
 from wavedistill.corpus.recordings import flat_tops, loudness, read, speech, utterances
-from wavedistill.models.checkpoint import Checkpoint
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech import audio
+from wavedistill.speech.conditioning import Conditioning
 from wavedistill.tools.errors import AudioError
+from wavedistill.vocoder import vocoder
 
 RATE = 16000
 SPEECH = speech_like(2 * RATE).numpy()
@@ -226,13 +226,13 @@ def test_a_recording_is_synthesised_at_the_level_that_it_would_be_trained_at(
     assert audio.rms_db(piece * gain) == pytest.approx(tiny.audio.level_db)
     seen: list[torch.Tensor] = []
 
-    def stream(model: WaveformModel, mel: list[torch.Tensor], noise: Callable, compiled: bool) -> list[torch.Tensor]:
-        seen.extend(mel)
+    def stream(model: WaveformModel, told: list[Conditioning], noise: Callable, compiled: bool) -> list[torch.Tensor]:
+        seen.extend(piece.mel for piece in told)
         return [noise(3 * RATE)]
 
-    monkeypatch.setattr(cli, "stream", stream)
-    loaded = Checkpoint("student", tiny, 1, HEARD, tiny_model("student"))
-    wave, _ = cli._synthesise(loaded, tmp_path / "a.wav", 0, 1e-3, fused=False, bf16=False)
+    monkeypatch.setattr(vocoder, "stream", stream)
+    loaded = vocoder.Vocoder("student", tiny, HEARD, tiny_model("student"))
+    wave, _ = loaded.of_file(tmp_path / "a.wav", 0, 1e-3)
     expected = audio.LogMel(tiny.audio).of_file(samples[None] * gain, loaded.model.margin)
     torch.testing.assert_close(torch.cat(seen, -1), expected, atol=1e-5, rtol=0)
     assert float(wave.std()) == pytest.approx(1e-3 / gain, rel=0.02)
@@ -242,21 +242,21 @@ MEASURE = """
 import resource, sys, torch
 from pathlib import Path
 from tests.conftest import HEARD
-from wavedistill import cli
 from wavedistill.corpus import recordings
-from wavedistill.models.checkpoint import Checkpoint
-from wavedistill.recipe.loading import load_recipe
 from wavedistill.models.kinds import build
+from wavedistill.recipe.loading import load_recipe
+from wavedistill.speech import audio
 from wavedistill.stages import prepare
+from wavedistill.vocoder import vocoder
 
 what, path, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 recipe = load_recipe(Path("recipes/tiny.toml"))
 
-def stream(model, mel, noise, compiled):  # in place of the networks, which take minutes
+def stream(model, told, noise, compiled):  # in place of the networks, which take minutes
     padding = 2 * model.margin
-    for piece in mel:
-        frames = max(0, piece.shape[-1] - padding)
-        padding -= piece.shape[-1] - frames
+    for piece in told:
+        frames = max(0, piece.frames - padding)
+        padding -= piece.frames - frames
         yield noise(frames * recipe.audio.hop_length)
 
 def work(path):
@@ -264,10 +264,9 @@ def work(path):
         source = prepare.Source("a", "a", lambda rate: recordings.read(path, rate))
         assert prepare._clips(source, recipe, folder)
     else:
-        loaded = Checkpoint("student", recipe, 1, HEARD, build(recipe, "student", 1))
-        cli.stream = stream
-        wave, _ = cli._synthesise(loaded, path, 0, 0.01, fused=False, bf16=False)
-        cli.audio.write(folder / "out.wav", wave, 16000)
+        vocoder.stream = stream
+        wave, _ = vocoder.Vocoder("student", recipe, HEARD, build(recipe, "student", 1)).of_file(path, 0, 0.01)
+        audio.write(folder / "out.wav", wave, 16000)
 
 def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -50,6 +50,7 @@ from wavedistill.recipe.loading import load_recipe
 from wavedistill.tools.random import random_stream
 from wavedistill.models.kinds import build
 from wavedistill.sampling.sequential import sample
+from wavedistill.speech.conditioning import Conditioning
 import torch
 
 model = build(load_recipe(Path(sys.argv[1])), "student", 0)
@@ -58,7 +59,7 @@ mel, noise = torch.full((1, 80, 40 + 2 * model.margin), -5.0), model.base.noise(
 def seconds(threads):
     torch.set_num_threads(threads)
     start = time.perf_counter()
-    sample(model(mel), noise)
+    sample(model(Conditioning(mel, model.margin)), noise)
     return time.perf_counter() - start
 
 seconds(1), seconds(int(sys.argv[2]))

@@ -65,6 +65,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     data = _read(path, [])
     for override in overrides:
         _override(data, override)
+    if "name" in data:
+        raise RecipeError(f"{path}: name: unknown key; the file's own name names the experiment: remove it")
     return validate_recipe({**data, "name": path.stem}, str(path))
 
 
@@ -102,8 +104,6 @@ def _read(path: Path, extending: list[Path]) -> dict[str, Any]:
         number = re.search(r"at line (\d+)", str(error))
         hint = f"; {BACKSLASHES}" if number and "\\" in text.split("\n")[int(number[1]) - 1] else ""
         raise RecipeError(f"{path}: not valid TOML: {error}{hint}") from error
-    if "name" in data:
-        raise RecipeError(f"{path}: name: unknown key; the file's own name names the experiment: remove it")
     corpus = data.get("corpus")
     if isinstance(corpus, dict) and isinstance(
         value := corpus.get(key := PATHS.get(str(corpus.get("kind")), "path")), str

@@ -2,7 +2,7 @@
 #   docker build -t wavedistill .
 #   mkdir -p data exp
 #   docker run --gpus all --user "$(id -u):$(id -g)" -v ./data:/workspace/data -v ./exp:/workspace/exp \
-#     wavedistill run recipes/demo.toml
+#     wavedistill run demo
 # The base image brings Python, CUDA, torch and torchaudio; any other of that kind will do.
 ARG BASE_IMAGE=pytorch/pytorch:2.7.1-cuda12.8-cudnn9-runtime
 FROM ${BASE_IMAGE}
@@ -16,10 +16,10 @@ WORKDIR /workspace
 
 # Dependencies first, in a layer that a change of the code does not touch: an empty package stands in for it.
 COPY pyproject.toml README.md LICENSE ./
-RUN mkdir wavedistill && touch wavedistill/__init__.py \
+RUN mkdir wavedistill recipes && touch wavedistill/__init__.py recipes/none.toml \
  && pip install --no-cache-dir ".[demo]" \
  && pip uninstall -y wavedistill \
- && rm -r wavedistill
+ && rm -r wavedistill recipes
 
 COPY wavedistill ./wavedistill
 COPY recipes ./recipes

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-fast test-endurance test-mutations check clean
 
 demo: $(VENV)/.demo  ## the whole pipeline on speech made on the spot; ends with exp/demo/report.html
-	$(BIN)/wavedistill run recipes/demo.toml
+	$(BIN)/wavedistill run demo
 
 test: check  ## all checks: format, lint, types, every test
 	$(BIN)/python -m pytest
@@ -17,7 +17,7 @@ test-fast: check  ## the same without the tests that train
 test-endurance: $(VENV)/.dev  ## a training that is killed a hundred times; minutes
 	$(BIN)/python -m pytest -m endurance
 
-test-mutations: $(VENV)/.dev  ## breaks the program in some fifty ways, and asks whether a test notices; minutes
+test-mutations: $(VENV)/.dev  ## breaks the program in some eighty ways, and asks whether a test notices; minutes
 	$(BIN)/python -m tests.mutations
 
 check: $(VENV)/.dev

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wavedistill.corpus.segments import Batch, dequantise
 from wavedistill.flows.bases import Base
-from wavedistill.flows.distributions import Conditionals
+from wavedistill.flows.distributions import Conditionals, FlowDistribution
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.recipe.trainings import Distillation as Settings
@@ -110,17 +110,22 @@ class Distillation(Objective):
         weights, told = self.loss, batch.conditioning.mel_alone()
         q, p = (model.residual(told) for model in (student, self.teacher))
         noise = _noise(q.base, (batch.audio.shape[1],), batch.audio, streams)
-        residual, q_steps = q.rsample_and_conditionals(noise)
-        p_steps = p.conditionals(residual)
+        steps: tuple[Conditionals, Conditionals] | None = None
+        if weights.kl_estimator != "mc" or weights.log_scale or weights.z_reconstruction:
+            residual, q_steps = q.rsample_and_conditionals(noise)
+            steps, log_q = (q_steps, p.conditionals(residual)), q_steps.log_prob(residual)
+        else:  # which a teacher of any form can tell
+            residual, log_q = q.rsample_and_log_prob(noise)
 
-        found = {"kl": self._kl(q_steps, p_steps, residual, streams)}
-        if weights.log_scale:
-            found["log_scale"] = log_scale_distance(q_steps, p_steps)
+        found = {"kl": self._kl(steps, log_q, p, residual, streams)}
         if weights.contrastive:
             other = self.teacher.residual(told.elsewhere())
-            found["contrastive"] = -self._kl(q_steps, other.conditionals(residual), residual, streams)
-        if weights.z_reconstruction:
-            found["z_reconstruction"] = (p_steps.noise(residual) - noise).square()
+            beside = (steps[0], other.conditionals(residual)) if steps and weights.kl_estimator != "mc" else None
+            found["contrastive"] = -self._kl(beside, log_q, other, residual, streams)
+        if steps and weights.log_scale:
+            found["log_scale"] = log_scale_distance(*steps)
+        if steps and weights.z_reconstruction:
+            found["z_reconstruction"] = (steps[1].noise(residual) - noise).square()
         if weights.x_reconstruction:
             recorded, _ = self.teacher.analyse(dequantise(batch.with_margins, streams), told)
             rebuilt, _ = q.transform(p.conditionals(recorded).noise(recorded), q.context)
@@ -130,16 +135,22 @@ class Distillation(Objective):
             found |= self.spectra(x, batch.audio)
         return {name: term.mean() for name, term in found.items()}
 
-    def _kl(self, q: Conditionals, p: Conditionals, x: Tensor, streams: Streams) -> Tensor:
+    def _kl(
+        self,
+        steps: tuple[Conditionals, Conditionals] | None,
+        log_q: Tensor,
+        p: FlowDistribution,
+        x: Tensor,
+        streams: Streams,
+    ) -> Tensor:
         """Terms (B, T) or (B,) of the recipe's estimate of the KL of q from p, given q's sample x (B, T)."""
-        match self.loss.kl_estimator:
-            case "mc":
-                return one_draw_kl(q.log_prob(x), p, x)
-            case "mc-k":
-                noise = _noise(q.base, (self.loss.kl_draws, x.shape[1]), x, streams)  # (B, k, T)
-                return cross_entropy_kl(q, p, noise.transpose(0, 1))
-            case "closed":
-                return closed_kl(q, p)
+        match self.loss.kl_estimator, steps:
+            case "mc-k", (q_steps, p_steps):
+                noise = _noise(q_steps.base, (self.loss.kl_draws, x.shape[1]), x, streams)  # (B, k, T)
+                return cross_entropy_kl(q_steps, p_steps, noise.transpose(0, 1))
+            case "closed", (q_steps, p_steps):
+                return closed_kl(q_steps, p_steps)
+        return one_draw_kl(log_q, p, x)
 
 
 class FromDensity(Objective):

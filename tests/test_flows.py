@@ -12,8 +12,8 @@ from torch.distributions import AffineTransform, Normal, SigmoidTransform, Trans
 from tests.conftest import margin, noise, one_draw, randomise, small_flow, small_mel, small_model, told
 from wavedistill.flows.bases import BASES, StandardLogistic, StandardNormal
 from wavedistill.flows.distributions import Conditionals, FlowDistribution
-from wavedistill.flows.elementwise import Affine, MixtureCdf
-from wavedistill.flows.transforms import Autoregressive, Composition, Scale, SequentialDirectionError
+from wavedistill.flows.elementwise import Affine, Elementwise, MixtureCdf
+from wavedistill.flows.transforms import Autoregressive, Bound, Scale, SequentialDirectionError
 from wavedistill.models.kinds import build
 from wavedistill.recipe.loading import validate_recipe
 from wavedistill.sampling.sequential import cached, invert, sample
@@ -23,12 +23,12 @@ LENGTH = 22  # no multiple of the features' repetition
 
 
 def constant_flow(reads: str, shift: float, log_scale: float) -> Autoregressive:
-    """A flow whose parameters depend on nothing."""
+    """A flow whose parameters depend on nothing, and lie far above any bound."""
 
-    def conditioner(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        return torch.full_like(x, shift), torch.full_like(x, log_scale)
+    def conditioner(x: Tensor) -> Tensor:
+        return torch.stack([torch.full_like(x, shift), torch.full_like(x, log_scale)], -1)
 
-    return Autoregressive(conditioner, reads, Affine())
+    return Autoregressive(conditioner, reads, Affine(-40.0))
 
 
 def jacobian(function: Callable[[Tensor], tuple[Tensor, Tensor]], at: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +54,7 @@ def test_jacobian_is_triangular_and_agrees_with_ladj(case: str) -> None:
         matrix, ladj = jacobian(lambda v: flow(v, context), at)
     else:
         distribution = small_model(case)(mel)
-        transform = distribution.transform.inverse if case == "teacher" else distribution.transform
-        matrix, ladj = jacobian(lambda v: transform(v, distribution.context), at)
+        matrix, ladj = jacobian(distribution.to_z if case == "teacher" else distribution.to_x, at)
     assert torch.equal(matrix.triu(1), torch.zeros_like(matrix)), "step t must not see later inputs"
     assert (matrix.diagonal() - ladj.exp()).abs().max() < 1e-9, "step t must not see its own input through the network"
     assert abs(torch.linalg.slogdet(matrix).logabsdet - ladj.sum()) < 1e-9
@@ -66,7 +65,7 @@ def test_composition_of_affine_flows_is_affine_in_the_noise() -> None:
     # mu_tot = sum_i mu_i prod_{j>i} s_j and s_tot = prod_i s_i (van den Oord et al. 2018).
     parameters = [(0.3, -0.2), (-1.0, 0.5), (0.7, 0.1)]
     z = noise(2, 5)
-    x, ladj = Composition([constant_flow("z", *p) for p in parameters])(z)
+    x, ladj = FlowDistribution(StandardNormal(), [Bound(constant_flow("z", *p)) for p in parameters]).to_x(z)
     scales = [math.exp(log_scale) for _, log_scale in parameters]
     shift = sum(mu * math.prod(scales[i + 1 :]) for i, (mu, _) in enumerate(parameters))
     torch.testing.assert_close(x, shift + math.prod(scales) * z)
@@ -91,7 +90,7 @@ def test_density_agrees_with_torch_distributions(base: str) -> None:
     }[base]
     expected = TransformedDistribution(standard, AffineTransform(shift, math.exp(log_scale)))
     x = noise(4, 9)
-    distribution = FlowDistribution(constant_flow("x", shift, log_scale), BASES[base])
+    distribution = FlowDistribution(BASES[base], [Bound(constant_flow("x", shift, log_scale))])
     torch.testing.assert_close(distribution.log_prob_steps(x), expected.log_prob(x))
     torch.testing.assert_close(distribution.log_prob(x), expected.log_prob(x).sum(-1))
 
@@ -209,7 +208,7 @@ def test_mixture_has_the_density_of_torch_distributions_and_integrates_to_one(ba
     weights, shift, log_scale = mixture_parameters(components)
     x = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
     every = tuple(p.expand(len(x), -1) for p in (weights, shift, log_scale))
-    log_prob = Conditionals(BASES["logistic"], MixtureCdf(BASES[base]), every).log_prob_steps(x)
+    log_prob = Conditionals(BASES["logistic"], MixtureCdf(BASES[base], components, -5.0), every).log_prob_steps(x)
     parts = BASES[base].log_prob((x[:, None] - shift) * (-log_scale).exp()) - log_scale
     torch.testing.assert_close(log_prob, (weights.log_softmax(-1) + parts).logsumexp(-1), rtol=1e-9, atol=1e-9)
     assert torch.trapezoid(log_prob.exp(), x).item() == pytest.approx(1, abs=1e-6)
@@ -217,7 +216,7 @@ def test_mixture_has_the_density_of_torch_distributions_and_integrates_to_one(ba
 
 @pytest.mark.parametrize(("base", "components"), MIXTURES)
 def test_mixture_round_trips_also_far_out_and_with_small_scales(base: str, components: int) -> None:
-    mixture, z = MixtureCdf(BASES[base]), torch.linspace(-40, 40, 801, dtype=torch.float64)
+    mixture, z = MixtureCdf(BASES[base], components, -5.0), torch.linspace(-40, 40, 801, dtype=torch.float64)
     weights, shift, log_scale = (
         p.expand(len(z), -1) for p in mixture_parameters(components, spread=10)
     )  # far apart: the density has deep valleys
@@ -234,7 +233,7 @@ def test_mixture_round_trips_also_far_out_and_with_small_scales(base: str, compo
 
 @pytest.mark.parametrize("base", BASES)
 def test_mixture_s_ladj_is_the_logarithm_of_its_slope(base: str) -> None:
-    mixture, parameters, x = MixtureCdf(BASES[base]), mixture_parameters(4, 50), noise(50).requires_grad_()
+    mixture, parameters, x = MixtureCdf(BASES[base], 4, -5.0), mixture_parameters(4, 50), noise(50).requires_grad_()
     z, ladj = mixture.to_z(x, *parameters)
     (slope,) = torch.autograd.grad(z.sum(), x)
     torch.testing.assert_close(slope.log(), ladj, rtol=0, atol=1e-9)
@@ -245,9 +244,9 @@ def test_mixture_of_one_logistic_is_affine_and_tails_keep_a_gradient_in_float32(
     shift, log_scale = torch.tensor([[0.5]]), torch.tensor([[-4.5]]).requires_grad_()
     x = torch.tensor([-30.0, 0.0, 30.0])  # thousands of scales away
     parameters = torch.zeros(3, 1), shift.expand(3, 1), log_scale.expand(3, 1)
-    conditionals = Conditionals(BASES["logistic"], MixtureCdf(BASES[base]), parameters)
+    conditionals = Conditionals(BASES["logistic"], MixtureCdf(BASES[base], 1, -5.0), parameters)
     if base == "logistic":
-        torch.testing.assert_close(conditionals.noise(x), Affine().to_z(x, shift[0], log_scale[0])[0])
+        torch.testing.assert_close(conditionals.noise(x), Affine(-5.0).to_z(x, shift[0], log_scale[0])[0])
     conditionals.log_prob_steps(x).sum().backward()
     assert log_scale.grad is not None
     assert log_scale.grad.isfinite().all()
@@ -258,7 +257,7 @@ def test_mixture_of_one_logistic_is_affine_and_tails_keep_a_gradient_in_float32(
 def test_both_ways_to_sample_a_mixture_agree_with_its_distribution_function(base: str) -> None:
     """Kolmogorov-Smirnov distance of either from the distribution function, at the level of 1 in 10,000."""
     count, generator = 20_000, torch.Generator().manual_seed(0)
-    mixture = MixtureCdf(BASES[base])
+    mixture = MixtureCdf(BASES[base], 3, -5.0)
     parameters = tuple(p.expand(count, -1) for p in mixture_parameters(3, spread=2))
     through_cdf, _ = mixture.to_x(BASES["logistic"].noise((count,), generator).double(), *parameters)
     choice = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -267,6 +266,63 @@ def test_both_ways_to_sample_a_mixture_agree_with_its_distribution_function(base
         uniform = mixture.to_z(draws, *parameters)[0].sigmoid().sort().values
         distance = (uniform - (torch.arange(count) + 0.5) / count).abs().max()
         assert distance < 2.23 / math.sqrt(count)
+
+
+BIJECTIONS = [Affine(-9.0), *(MixtureCdf(BASES[base], components, -9.0) for base, components in MIXTURES)]
+
+
+@pytest.mark.parametrize("elementwise", BIJECTIONS)
+def test_outputs_of_a_network_become_the_parameters_of_a_bijection(elementwise: Elementwise) -> None:
+    """Of as many outputs as it asks for, in any leading shape, with a log-scale that keeps above its bound."""
+    raw = 9 * noise(3, 4, elementwise.outputs)
+    parameters = elementwise.parameters(raw)
+    z, ladj = elementwise.to_z(noise(3, 4), *parameters)
+    assert z.shape == ladj.shape == (3, 4)
+    *unbounded, log_scale = (p.reshape(3, 4, -1) for p in parameters)
+    assert torch.equal(torch.cat(unbounded, -1), raw[..., : -log_scale.shape[-1]])
+    expected = torch.log1p((raw[..., -log_scale.shape[-1] :] + 9).exp()) - 9
+    torch.testing.assert_close(log_scale, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("noise_base", BASES)
+@pytest.mark.parametrize("elementwise", BIJECTIONS)
+def test_a_start_has_zero_mean_and_unit_variance(elementwise: Elementwise, noise_base: str) -> None:
+    """By integration of its density; a mixture's noise is logistic."""
+    base = BASES[noise_base if isinstance(elementwise, Affine) else "logistic"]
+    start = elementwise.start(base.std)
+    assert start.shape == (elementwise.outputs,)
+    x = torch.linspace(-40, 40, 40_001, dtype=torch.float64)
+    parameters = elementwise.parameters(start.double().expand(len(x), -1))
+    density = Conditionals(base, elementwise, parameters).log_prob_steps(x).exp()
+    moments = [torch.trapezoid(density * x**power, x).item() for power in (0, 1, 2)]
+    assert moments == pytest.approx([1, 0, 1], abs=2e-3), "but for the softplus, far above its bound"
+
+
+def test_a_distribution_says_what_it_is() -> None:
+    mel = small_mel(1, 3)
+    assert repr(small_model("teacher")(mel)) == (
+        "FlowDistribution(z of StandardNormal -> Affine given past x -> LinearPrediction -> x)"
+    )
+    assert repr(small_model("student").residual(mel)) == (
+        f"FlowDistribution(z of StandardNormal{' -> Affine given past z' * 3} -> x)"
+    )
+
+
+def test_each_transform_is_bound_to_its_own_context_in_both_directions() -> None:
+    """From z to x in the order given, and back; the terms of ladj add up."""
+    flows = [small_flow("z", seed) for seed in range(2)]
+    bound = [Bound(flow, (noise(2, 6, 3, seed=9 + i),)) for i, flow in enumerate(flows)]
+    distribution, z = FlowDistribution(StandardNormal(), [*bound, Bound(Scale(0.5).double())]), noise(2, LENGTH)
+    with torch.no_grad():
+        x, ladj = distribution.to_x(z)
+        first, ladj_of_first = flows[0](z, bound[0].context)
+        second, ladj_of_second = flows[1](first, bound[1].context)
+        torch.testing.assert_close(x, 0.5 * second, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ladj, ladj_of_first + ladj_of_second + math.log(0.5), rtol=1e-6, atol=1e-6)
+    scales = FlowDistribution(StandardNormal(), [Bound(constant_flow("x", 0.3, 0.2)), Bound(Scale(0.5).double())])
+    back, inverse_ladj = scales.to_z(z)
+    torch.testing.assert_close(back, (2 * z - 0.3) * math.exp(-0.2), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(inverse_ladj, torch.full_like(z, math.log(2) - 0.2), rtol=1e-6, atol=0)
 
 
 def test_conditionals_of_a_student_are_its_composed_affine_function() -> None:
@@ -289,19 +345,20 @@ def test_a_mixture_s_inverse_takes_few_steps(monkeypatch: pytest.MonkeyPatch) ->
     """It runs at every step of a sequential sampler: Newton's method, not the bisection that keeps it safe."""
     monkeypatch.setattr(MixtureCdf, "ITERATIONS", 20)
     for base in BASES.values():
-        mixture, z = MixtureCdf(base), BASES["logistic"].noise((500,), torch.Generator().manual_seed(0)).double()
+        mixture, z = (
+            MixtureCdf(base, 3, -5.0),
+            BASES["logistic"].noise((500,), torch.Generator().manual_seed(0)).double(),
+        )
         parameters = mixture_parameters(3, 500, spread=2)
         x, _ = mixture.to_x(z, *parameters)
         torch.testing.assert_close(mixture.to_z(x, *parameters)[0], z, rtol=1e-9, atol=1e-9)
 
 
 def test_only_affine_flows_are_taken_for_an_affine_function_of_the_noise() -> None:
-    def conditioner(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(x.new_zeros(*x.shape, 2) for _ in range(3))
-
-    flow = Autoregressive(conditioner, "z", MixtureCdf(StandardNormal()))
-    with pytest.raises(ValueError, match="affine"):
-        FlowDistribution(Composition([flow]), StandardLogistic()).rsample_and_conditionals(noise(1, 5))
+    flow = Autoregressive(lambda x: x.new_zeros(*x.shape, 6), "z", MixtureCdf(StandardNormal(), 2, -5.0))
+    for steps in ([flow], [constant_flow("z", 0.0, 0.0), Scale(2.0)], [flow, constant_flow("z", 0.0, 0.0)]):
+        with pytest.raises(ValueError, match="affine"):
+            FlowDistribution(StandardLogistic(), [Bound(s) for s in steps]).rsample_and_conditionals(noise(1, 5))
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
@@ -314,7 +371,7 @@ def test_a_model_uses_the_f0_it_is_given_at_its_own_place(tiny_data: dict[str, A
     f0 = torch.full((1, 8 + 2 * model.margin), 120.0).double()
 
     def context_of(f0: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(part for part in model.residual(told(recipe, mel, f0)).context[0] if part is not None)
+        return tuple(part for part in model.residual(told(recipe, mel, f0)).steps[0].context if part is not None)
 
     given, predicted = context_of(f0), context_of(None)
     assert all((a != b).any() for a, b in zip(given, context_of(2 * f0), strict=True))

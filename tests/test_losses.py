@@ -16,7 +16,7 @@ from wavedistill.corpus.segments import Batch, dequantise
 from wavedistill.flows.bases import StandardLogistic, StandardNormal
 from wavedistill.flows.distributions import Conditionals, FlowDistribution
 from wavedistill.flows.elementwise import Affine, MixtureCdf
-from wavedistill.flows.transforms import Composition
+from wavedistill.flows.transforms import Autoregressive, Bound
 from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.recipe import Recipe
@@ -34,6 +34,10 @@ from wavedistill.training.losses import (
 )
 
 
+def distribution_of(*flows: Autoregressive) -> FlowDistribution:
+    return FlowDistribution(StandardNormal(), [Bound(flow) for flow in flows])
+
+
 def density_parameters(model: WaveformModel) -> list[tuple[str, Parameter]]:
     """All but those of the predictor of F0, which has an objective of its own."""
     return [(name, parameter) for name, parameter in model.named_parameters() if not name.startswith("pitch.")]
@@ -41,15 +45,15 @@ def density_parameters(model: WaveformModel) -> list[tuple[str, Parameter]]:
 
 def test_kl_of_a_density_from_itself_is_zero_for_every_draw() -> None:
     """Two flows that compose to the teacher's single one: no noise in the estimate, only rounding."""
-    q = FlowDistribution(Composition([constant_flow("z", 0.5, 0.2), constant_flow("z", -1.0, -0.7)]), StandardNormal())
-    p = FlowDistribution(constant_flow("x", -1.0 + 0.5 * math.exp(-0.7), -0.5), StandardNormal())
+    q = distribution_of(constant_flow("z", 0.5, 0.2), constant_flow("z", -1.0, -0.7))
+    p = distribution_of(constant_flow("x", -1.0 + 0.5 * math.exp(-0.7), -0.5))
     kl, _ = one_draw(q, p, noise(100, 7))
     assert kl.abs().max() < 1e-12
 
 
 def test_monte_carlo_kl_of_two_gaussians_agrees_with_the_closed_form() -> None:
-    q = FlowDistribution(constant_flow("z", 0.3, -0.4), StandardNormal())
-    p = FlowDistribution(constant_flow("x", -0.2, 0.1), StandardNormal())
+    q = distribution_of(constant_flow("z", 0.3, -0.4))
+    p = distribution_of(constant_flow("x", -0.2, 0.1))
     kl, _ = one_draw(q, p, noise(4000, 5))
     expected = kl_divergence(Normal(0.3, math.exp(-0.4)), Normal(-0.2, math.exp(0.1)))
     standard_error = kl.std() / math.sqrt(len(kl))
@@ -87,7 +91,7 @@ def test_likelihood_gradients_reach_every_teacher_parameter() -> None:
 
 
 def test_likelihood_is_in_nats_per_sample_whatever_the_length() -> None:
-    p = FlowDistribution(constant_flow("x", 0.0, 0.0), StandardNormal())
+    p = distribution_of(constant_flow("x", 0.0, 0.0))
     for length in (3, 50):
         expected = torch.tensor([0.5 * math.log(2 * math.pi)], dtype=torch.float64)
         torch.testing.assert_close(negative_log_likelihood(p, torch.zeros(1, length).double()), expected)
@@ -121,7 +125,7 @@ def test_hann_windows_keep_a_tone_out_of_distant_bands() -> None:
 def pair() -> tuple[Conditionals, Conditionals]:
     """Two Gaussians a few tenths of a nat apart, at each of 2 x 50 steps."""
     parameters = noise(4, 2, 50, seed=5) * 0.3
-    return tuple(Conditionals(StandardNormal(), Affine(), (p[0], p[1])) for p in parameters.split(2))
+    return tuple(Conditionals(StandardNormal(), Affine(-5.0), (p[0], p[1])) for p in parameters.split(2))
 
 
 def test_closed_kl_is_that_of_torch() -> None:
@@ -165,7 +169,7 @@ def test_closed_form_refuses_other_densities() -> None:
     q, p = pair()
     with pytest.raises(ValueError, match="Gaussians"):
         closed_kl(q, p._replace(base=StandardLogistic()))
-    mixture = Conditionals(StandardLogistic(), MixtureCdf(StandardNormal()), (p.parameters[0],) * 3)
+    mixture = Conditionals(StandardLogistic(), MixtureCdf(StandardNormal(), 3, -5.0), (p.parameters[0],) * 3)
     with pytest.raises(ValueError, match="mixture"):
         log_scale_distance(q, mixture)
 
@@ -326,5 +330,5 @@ def test_a_recording_comes_back_as_it_is_analysed_with_what_lies_before_it(tiny:
         for k in range(coefficients.shape[-1])
     )
     recorded = (heard[:, around : around + length] - predicted) * (-log_gain[:, frames]).exp()
-    rebuilt, _ = q.transform(p.conditionals(recorded).noise(recorded), q.context)
+    rebuilt, _ = q.to_x(p.conditionals(recorded).noise(recorded))
     torch.testing.assert_close(found["x_reconstruction"], (rebuilt - recorded).square().mean())

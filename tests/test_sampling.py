@@ -16,17 +16,18 @@ import torch
 
 from tests.conftest import RECIPES, noise, small_flow, small_mel, small_model
 from wavedistill.flows.bases import StandardLogistic, StandardNormal
-from wavedistill.flows.elementwise import Affine, Elementwise, MixtureCdf
+from wavedistill.flows.elementwise import Affine, Elementwise, MixtureCdf, StepConstants, solve_step
 from wavedistill.flows.transforms import Autoregressive, Scale
 from wavedistill.models.compiling import compiler
 from wavedistill.recipe.recipe import Recipe
-from wavedistill.sampling.compiled import AHEAD, _exponential, _solve_mixture
+from wavedistill.sampling.compiled import AHEAD
 from wavedistill.sampling.sequential import Solver, cached, compiled, conditioner_of, graphed, invert, naive, sample
 from wavedistill.sampling.streaming import STREAM_VALUES, slices, stream
+from wavedistill.sampling.tiles import exponential
 from wavedistill.speech.conditioning import Conditioning
 
 SOLVERS = [cached, compiled]
-MIXTURES = [MixtureCdf(StandardNormal()), MixtureCdf(StandardLogistic())]
+MIXTURES = [MixtureCdf(StandardNormal(), 3, -5.0), MixtureCdf(StandardLogistic(), 3, -5.0)]
 
 
 def split(told: Conditioning, frames: int | list[int]) -> list[Conditioning]:
@@ -39,8 +40,7 @@ def narrow(told: Conditioning) -> Conditioning:
 
 
 def flow_of(elementwise: Elementwise, reads: str, **changes: Any) -> Autoregressive:
-    outputs = 2 if isinstance(elementwise, Affine) else 9
-    flow = small_flow(reads, out_channels=outputs, **changes)
+    flow = small_flow(reads, out_channels=elementwise.outputs, **changes)
     return Autoregressive(flow.conditioner, reads, elementwise)
 
 
@@ -53,12 +53,12 @@ def test_every_solver_equals_naive_equals_definition(solver: Solver, length: int
     context, z = (noise(2, 10, 3), noise(2, 40, 2)), noise(2, length)
     with torch.no_grad():
         slow, fast = naive(flow, z, context), solver(flow, z, context)
-        shift, log_scale = flow.conditioner(slow, context)
+        shift, log_scale = flow.step_parameters(slow, context)
     torch.testing.assert_close(slow, shift + log_scale.exp() * z, rtol=0, atol=1e-9)
     assert (slow - fast).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("elementwise", [Affine(), *MIXTURES])
+@pytest.mark.parametrize("elementwise", [Affine(-5.0), *MIXTURES])
 @pytest.mark.parametrize("reads", ["x", "z"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_equals_naive_for_every_density(solver: Solver, reads: str, elementwise: Elementwise) -> None:
@@ -68,7 +68,7 @@ def test_every_solver_equals_naive_for_every_density(solver: Solver, reads: str,
         assert (solver(flow, given, context) - slow).abs().max() < 1e-9 * slow.abs().max()
 
 
-@pytest.mark.parametrize("elementwise", [Affine(), *MIXTURES])
+@pytest.mark.parametrize("elementwise", [Affine(-5.0), *MIXTURES])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_in_float32_equals_naive_in_float32(solver: Solver, elementwise: Elementwise) -> None:
     """Steps whose small differences do not grow: the weights of a network that contracts."""
@@ -102,7 +102,7 @@ def test_compiled_loop_past_the_steps_it_computes_ahead(kernel_size: int, monkey
     context, z = (noise(1, 80, 3),), noise(1, 400)
     with torch.no_grad():
         whole = compiled(flow, z, context)
-        assert max(conditioner_of(flow).wavenet.dilations) > AHEAD
+        assert max(conditioner_of(flow).dilations) > AHEAD
         assert (cached(flow, z, context) - whole).abs().max() < 1e-9 * whole.abs().max()
         monkeypatch.setattr("wavedistill.sampling.sequential.BLOCK", 37)
         assert torch.equal(compiled(flow, z, context), whole)
@@ -111,20 +111,36 @@ def test_compiled_loop_past_the_steps_it_computes_ahead(kernel_size: int, monkey
 @pytest.mark.parametrize("component", [StandardNormal(), StandardLogistic()])
 def test_compiled_mixture_is_exact_far_out(component: StandardNormal | StandardLogistic) -> None:
     """Tails where the probability of either side underflows, valleys between far apart components, small scales."""
-    mixture, z = MixtureCdf(component), torch.tensor([-300.0, -40, -8, 0, 1e-3, 8, 40, 300]).double()
+    z = torch.tensor([-300.0, -40, -8, 0, 1e-3, 8, 40, 300]).double()
     for spread, min_log_scale in ((0.5, -1.0), (10.0, -6.0)):
         raw = torch.cat([noise(3), spread * noise(3, seed=1), noise(3, seed=2) + min_log_scale])
-        weights, shift, log_scale = raw.chunk(3)
-        log_scale = min_log_scale + torch.nn.functional.softplus(log_scale - min_log_scale)
-        parameters = tuple(p.expand(len(z), 3) for p in (weights, shift, log_scale))
-        x, _ = mixture.to_x(z, *parameters)
-        normal = isinstance(component, StandardNormal)
-        found = [_solve_mixture(raw.numpy(), value, min_log_scale, True, normal) for value in z.tolist()]
-        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), x, rtol=1e-9, atol=1e-9)
-        back = [_solve_mixture(raw.numpy(), value, min_log_scale, False, normal) for value in x.tolist()]
-        torch.testing.assert_close(
-            torch.tensor(back, dtype=torch.float64), mixture.to_z(x, *parameters)[0], rtol=1e-9, atol=1e-9
-        )
+        assert_steps_equal(MixtureCdf(component, 3, min_log_scale), raw, z)
+
+
+@pytest.mark.parametrize("min_log_scale", [-5.0, -1.0])
+def test_compiled_affine_step_is_exact(min_log_scale: float) -> None:
+    """Scales near their bound and far above it."""
+    for raw in ([0.3, -9.0], [-2.0, min_log_scale], [1.0, 22.0]):
+        assert_steps_equal(Affine(min_log_scale), torch.tensor(raw).double(), noise(8))
+
+
+def assert_steps_equal(elementwise: Elementwise, raw: torch.Tensor, z: torch.Tensor) -> None:
+    """In both directions, compiled code gives what torch gives."""
+    parameters = elementwise.parameters(raw.expand(len(z), -1))
+    x, _ = elementwise.to_x(z, *parameters)
+    for given, other, to_x in ((z, x, True), (x, elementwise.to_z(x, *parameters)[0], False)):
+        found = [_step(raw.numpy(), value, elementwise.step(to_x)) for value in given.tolist()]
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), other, rtol=1e-9, atol=1e-9)
+
+
+@numba.njit
+def _step(raw: np.ndarray, given: float, constants: StepConstants) -> float:
+    return solve_step(raw, given, constants)
+
+
+def test_a_step_is_for_compiled_code() -> None:
+    with pytest.raises(NotImplementedError, match="compiled"):
+        solve_step(np.zeros(2), 0.0, Affine(-5.0).step(True))
 
 
 @pytest.mark.parametrize("x", [0.0, 1e-8, -1e-8, 0.3, -0.7, 5.0, -20.0, 86.0, -86.0])
@@ -137,7 +153,7 @@ def test_compiled_exponential_is_exact_to_rounding(x: float) -> None:
 
 @numba.njit
 def _exponential_in_place(values: np.ndarray) -> None:
-    _exponential(values)
+    exponential(values)
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
@@ -181,7 +197,7 @@ def test_a_stream_by_compiled_networks_equals_one_pass(monkeypatch: pytest.Monke
     with torch.compiler.set_stance("fail_on_recompile"):
         for frames in (38, 31, 12):
             shorter = mel.block(0, frames)
-            again = stream(model, [shorter], slices(z[:, : frames * 8]), compiled=True)
+            again = stream(model, split(shorter, 100), slices(z[:, : frames * 8]), compiled=True)
             expected = sample(model(shorter), z[:, : frames * 8])
             torch.testing.assert_close(torch.cat(list(again), 1), expected, rtol=0, atol=1e-9)
 
@@ -236,11 +252,13 @@ def test_what_cannot_be_streamed_is_refused_and_no_part_of_it_left_out() -> None
     with pytest.raises(ValueError, match="Autoregressive among its flows"):
         next(stream(small_model("teacher"), split(small_mel(1, 5), 15), lambda n: noise(1, n)))
     scaled = small_model("student")
-    scaled.flows.parts.append(Scale(2.0))
+    scaled.flows.append(Scale(2.0))
     with pytest.raises(ValueError, match="Scale among its flows"):
         next(stream(scaled, split(small_mel(1, 5), 15), lambda n: noise(1, n)))
     with pytest.raises(ValueError, match="noise for 39 steps"):
         list(stream(small_model("student"), split(small_mel(1, 5), 15), slices(noise(1, 39))))
+    with pytest.raises(ValueError, match="no frames around it, and this one has 5"):
+        list(stream(small_model("student"), [small_mel(1, 5)], slices(noise(1, 40))))
 
 
 @pytest.mark.parametrize("solver", [naive, cached, compiled])
@@ -283,7 +301,7 @@ def test_recorded_steps_equal_naive(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_recorded_is_refused() -> None:
     with pytest.raises(ValueError, match="GPU"):
         graphed(small_flow("x"), noise(1, 8), (noise(1, 2, 3),))
-    with pytest.raises(ValueError, match="mixture"):
+    with pytest.raises(ValueError, match="MixtureCdf"):
         graphed(flow_of(MIXTURES[0], "x"), noise(1, 8), (noise(1, 2, 3),))
 
 
@@ -300,14 +318,14 @@ def test_naive_from_a_later_start_costs_only_what_it_draws(monkeypatch: pytest.M
     flow, context, z = small_flow("x"), (noise(1, 10, 3),), noise(1, 40)
     calls = []
     forward = flow.conditioner.forward
-    monkeypatch.setattr(flow.conditioner, "forward", lambda x, c: calls.append(x.shape[1]) or forward(x, c))
+    monkeypatch.setattr(flow.conditioner, "forward", lambda x, *c: calls.append(x.shape[1]) or forward(x, *c))
     partial(naive, start=36)(flow, z, context)
-    field = flow.conditioner.wavenet.receptive_field
+    field = flow.conditioner.receptive_field
     assert len(calls) == 4
     assert all(field < length <= field + 4 for length in calls)
 
 
 def test_a_flow_that_cannot_step_is_refused_by_name() -> None:
-    flow = Autoregressive(lambda x, c: (x, x), "x", Affine())
+    flow = Autoregressive(lambda x: torch.stack([x, x], -1), "x", Affine(-5.0))
     with pytest.raises(TypeError, match="function"):
         cached(flow, noise(1, 4), ())

@@ -457,15 +457,15 @@ def test_before_the_first_step_a_sample_has_the_level_of_the_data(
 
 def test_the_bound_of_log_scale_never_stops_the_gradient(tiny: Recipe) -> None:
     model = build(tiny, "teacher", seed=0)
-    ((flow, _),) = model.flows.conditioned(None)
-    conditioner = flow.conditioner
+    (flow,) = model.flows
     with torch.no_grad():
-        conditioner.wavenet.head.bias[1] = -20.0
+        flow.conditioner.head.bias[1] = -20.0
     silence = told(tiny, torch.zeros(1, tiny.audio.n_mels, 1 + 2 * model.margin))
-    _, log_scale = conditioner(torch.zeros(1, 8), model.residual(silence).context[0])
+    context, _ = model.context(silence)
+    _, log_scale = flow.step_parameters(torch.zeros(1, 8), context)
     assert (log_scale >= tiny.models["teacher"].min_log_scale).all()
     log_scale.sum().backward()
-    assert conditioner.wavenet.head.bias.grad[1] > 0
+    assert flow.conditioner.head.bias.grad[1] > 0
 
 
 def test_the_predictor_of_f0_leaves_the_density_s_steps_alone(

@@ -18,11 +18,11 @@ LENGTH = 41
 @pytest.mark.parametrize("at", [0, 1, 17, LENGTH - 1])
 def test_perturbing_an_input_changes_no_parameter_at_or_before_it(at: int) -> None:
     """Bit for bit, and the next parameter does change."""
-    conditioner, context = small_flow("x").conditioner, (noise(2, 11, 3),)
+    flow, context = small_flow("x"), (noise(2, 11, 3),)
     x = noise(2, LENGTH)
     changed = x.clone()
     changed[:, at] += 1.0
-    before, after = (torch.stack(conditioner(v, context)) for v in (x, changed))
+    before, after = (torch.stack(flow.step_parameters(v, context)) for v in (x, changed))
     assert torch.equal(before[..., : at + 1], after[..., : at + 1])
     if at + 1 < LENGTH:
         assert (before[..., at + 1] != after[..., at + 1]).all()

@@ -1,4 +1,4 @@
-"""Distributions of independent noise."""
+"""The distributions of independent noise that a flow starts from."""
 
 import math
 from typing import Protocol

@@ -5,16 +5,15 @@ Jacobian, so that a mask or a per-step estimator needs no second implementation;
 """
 
 import math
-from collections.abc import Iterable
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from wavedistill.flows.elementwise import Elementwise, Parameters
 
-Context = Any
-"""What a transform is conditioned on: for a network, features; for a `Composition`, a sequence of one for each part."""
+Context = tuple[Any, ...]
+"""What a transform is conditioned on, for a network features and source; empty where it is conditioned on nothing."""
 
 
 class SequentialDirectionError(RuntimeError):
@@ -22,22 +21,41 @@ class SequentialDirectionError(RuntimeError):
 
 
 class Conditioner(Protocol):
-    """A strictly causal function: the parameters at t see only the input before t."""
+    """A strictly causal function: the outputs at t see only the input before t."""
 
-    def __call__(self, x: Tensor, /, context: Context) -> Parameters:
-        """The parameters of an elementwise bijection at every t of the input (B, T)."""
+    def __call__(self, x: Tensor, /, *context: Any) -> Tensor:
+        """What stands for the parameters of an elementwise bijection, (B, T, outputs), at every t of x (B, T)."""
 
 
 class Transform(nn.Module):
     """A bijection: `forward` is z -> x, `inverse` is x -> z, each with its `ladj`, each at most one network call."""
 
-    def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Context = ()) -> tuple[Tensor, Tensor]:
         """x = f(z) and log|dx/dz|, (B, T) each."""
         raise NotImplementedError
 
-    def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Context = ()) -> tuple[Tensor, Tensor]:
         """z = f^-1(x) and log|dz/dx|, (B, T) each."""
         raise NotImplementedError
+
+    def summary(self) -> str:
+        """A few words for people."""
+        return type(self).__name__
+
+
+class Bound(NamedTuple):
+    """A transform and what it is conditioned on, hence a function of one variable in either direction."""
+
+    transform: Transform
+    context: Context = ()
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x = f(z) and log|dx/dz|, (B, T) each."""
+        return self.transform(z, self.context)
+
+    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z = f^-1(x) and log|dz/dx|, (B, T) each."""
+        return self.transform.inverse(x, self.context)
 
 
 class Autoregressive(Transform):
@@ -48,7 +66,7 @@ class Autoregressive(Transform):
 
     With `reads="x"` it is a masked autoregressive flow (Papamakarios et al. 2017): theta_t = c(x_<t), density in
     parallel. With `reads="z"` it is an inverse autoregressive flow (Kingma et al. 2016): theta_t = c(z_<t), sampling in
-    parallel. The other direction takes T steps and lives in `wavedistill.sampling.sampling`.
+    parallel. The other direction takes T steps and lives in `wavedistill.sampling.sequential`.
 
     Raises:
         SequentialDirectionError: when the direction asked for is the sequential one.
@@ -58,19 +76,30 @@ class Autoregressive(Transform):
         super().__init__()
         self.conditioner, self.reads, self.elementwise = conditioner, reads, elementwise
 
-    def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def step_parameters(self, side: Tensor, context: Context = ()) -> Parameters:
+        """The parameters at every t, given the side (B, T) that the conditioner reads."""
+        return self.elementwise.parameters(self.conditioner(side, *context))
+
+    def solve(self, given: Tensor, parameters: Parameters) -> Tensor:
+        """The side that the conditioner reads, where the other and the parameters are known, of any shape."""
+        return (self.elementwise.to_x if self.reads == "x" else self.elementwise.to_z)(given, *parameters)[0]
+
+    def summary(self) -> str:
+        return f"{type(self.elementwise).__name__} given past {self.reads}"
+
+    def forward(self, z: Tensor, context: Context = ()) -> tuple[Tensor, Tensor]:
         if self.reads == "x":
             raise SequentialDirectionError(
-                "x of a masked autoregressive flow is drawn step by step: wavedistill.sampling.sampling"
+                "x of a masked autoregressive flow is drawn step by step: wavedistill.sampling.sequential"
             )
-        return self.elementwise.to_x(z, *self.conditioner(z, context))
+        return self.elementwise.to_x(z, *self.step_parameters(z, context))
 
-    def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Context = ()) -> tuple[Tensor, Tensor]:
         if self.reads == "z":
             raise SequentialDirectionError(
-                "z of an inverse autoregressive flow is found step by step: wavedistill.sampling.sampling"
+                "z of an inverse autoregressive flow is found step by step: wavedistill.sampling.sequential"
             )
-        return self.elementwise.to_z(x, *self.conditioner(x, context))
+        return self.elementwise.to_z(x, *self.step_parameters(x, context))
 
 
 class Scale(Transform):
@@ -82,40 +111,8 @@ class Scale(Transform):
         super().__init__()
         self.register_buffer("log_scale", torch.tensor(math.log(scale)))
 
-    def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Context = ()) -> tuple[Tensor, Tensor]:
         return z * self.log_scale.exp(), self.log_scale.expand_as(z)
 
-    def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Context = ()) -> tuple[Tensor, Tensor]:
         return x * (-self.log_scale).exp(), -self.log_scale.expand_as(x)
-
-
-class Composition(Transform):
-    r"""Transforms applied one after another, from z to x in the order given; their ladj terms add up.
-
-    K affine flows of this kind compose to an affine function of the noise (van den Oord et al. 2018, eq. 9):
-
-    .. math:: \mu_{tot} = \sum_i \mu_i \prod_{j>i} \sigma_j, \qquad \sigma_{tot} = \prod_i \sigma_i
-    """
-
-    def __init__(self, parts: Iterable[Transform]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def conditioned(self, context: Context) -> list[tuple[Transform, Context]]:
-        """Each part with its own context, from z to x."""
-        contexts = [None] * len(self.parts) if context is None else context
-        return list(zip(cast(list[Transform], list(self.parts)), contexts, strict=True))
-
-    def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
-        total = torch.zeros_like(z)
-        for part, own in self.conditioned(context):
-            z, ladj = part(z, own)
-            total = total + ladj
-        return z, total
-
-    def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
-        total = torch.zeros_like(x)
-        for part, own in reversed(self.conditioned(context)):
-            x, ladj = part.inverse(x, own)
-            total = total + ladj
-        return x, total

@@ -1,13 +1,10 @@
 """The kinds of models that a recipe knows, and how its tables become one."""
 
-import math
-
 import torch
 
 from wavedistill.flows.bases import BASES, Base
-from wavedistill.flows.elementwise import Affine, MixtureCdf
+from wavedistill.flows.elementwise import Affine, Elementwise, MixtureCdf
 from wavedistill.flows.transforms import Autoregressive, Scale
-from wavedistill.models.conditioner import ConditionerNetwork
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.networks.encoder import MelEncoder
 from wavedistill.networks.wavenet import WaveNet
@@ -36,29 +33,27 @@ def build(recipe: Recipe, name: str, seed: int) -> WaveformModel:
 
 def maf(settings: Maf, recipe: Recipe) -> WaveformModel:
     """A masked autoregressive flow, then the last transform of the recipe."""
-    base, components = BASES[settings.base], settings.components
-    if components == 1:
-        network = _network(recipe, settings, settings.layers, outputs=2)
-        _start_at_unit_variance(network, base)
-        return around([Autoregressive(network, "x", Affine())], base, recipe, source=False)
-    network = _network(recipe, settings, settings.layers, outputs=3 * components)
-    with torch.no_grad():
-        _, shift, log_scale = network.wavenet.head.bias.chunk(3)
-        # Apart, so that they can go their own ways, and together of unit variance.
-        shift.copy_(torch.linspace(-0.5, 0.5, components))
-        log_scale.fill_(0.5 * math.log(1 - shift.square().mean()) - math.log(base.std))
-    return around([Autoregressive(network, "x", MixtureCdf(base))], BASES["logistic"], recipe, source=False)
+    base = BASES[settings.base]
+    elementwise: Elementwise = Affine(settings.min_log_scale)
+    if settings.components > 1:
+        # A mixture of copies of the base, made of logistic noise.
+        elementwise = MixtureCdf(base, settings.components, settings.min_log_scale)
+        base = BASES["logistic"]
+    network = _network(recipe, settings, settings.layers, elementwise)
+    _start_at_unit_variance(network, elementwise, base)
+    return around([Autoregressive(network, "x", elementwise)], base, recipe, source=False)
 
 
 def iaf(settings: Iaf, recipe: Recipe) -> WaveformModel:
     """K inverse autoregressive flows, then the last transform of the recipe."""
+    base, elementwise = BASES[settings.base], Affine(settings.min_log_scale)
     networks = [
-        _network(recipe, settings, layers, outputs=2, source=settings.periodic_source)
+        _network(recipe, settings, layers, elementwise, source=settings.periodic_source)
         for layers in settings.flow_layers
     ]
-    _start_at_unit_variance(networks[-1], BASES[settings.base])
-    flows = [Autoregressive(network, "z", Affine()) for network in networks]
-    return around(flows, BASES[settings.base], recipe, source=settings.periodic_source)
+    _start_at_unit_variance(networks[-1], elementwise, base)
+    flows = [Autoregressive(network, "z", elementwise) for network in networks]
+    return around(flows, base, recipe, source=settings.periodic_source)
 
 
 def around(flows: list[Autoregressive], base: Base, recipe: Recipe, *, source: bool) -> WaveformModel:
@@ -95,23 +90,22 @@ def around(flows: list[Autoregressive], base: Base, recipe: Recipe, *, source: b
     )
 
 
-def _start_at_unit_variance(network: ConditionerNetwork, base: Base) -> None:
+def _start_at_unit_variance(network: WaveNet, elementwise: Elementwise, noise: Base) -> None:
     with torch.no_grad():
-        network.wavenet.head.bias[1] = -math.log(base.std)
+        network.head.bias.copy_(elementwise.start(noise.std))
 
 
 def _network(
-    recipe: Recipe, settings: Maf | Iaf, layers: int, *, outputs: int, source: bool = False
-) -> ConditionerNetwork:
-    wavenet = WaveNet(
+    recipe: Recipe, settings: Maf | Iaf, layers: int, elementwise: Elementwise, *, source: bool = False
+) -> WaveNet:
+    return WaveNet(
         layers=layers,
         dilation_cycle=settings.network.dilation_cycle,
         kernel_size=settings.network.kernel_size,
         channels=settings.network.channels,
         skip_channels=settings.network.skip_channels,
-        out_channels=outputs,
+        out_channels=elementwise.outputs,
         feature_channels=recipe.conditioning.channels,
         repeat=recipe.conditioning.upsample[-1],
         source_channels=SOURCE_CHANNELS if source else 0,
     )
-    return ConditionerNetwork(wavenet, settings.min_log_scale)

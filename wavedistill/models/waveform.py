@@ -1,12 +1,13 @@
 """A density of waveforms: flows, and the transform that speech has at their end."""
 
 from collections.abc import Iterable
+from typing import cast
 
 from torch import Tensor, nn
 
 from wavedistill.flows.bases import Base
 from wavedistill.flows.distributions import FlowDistribution
-from wavedistill.flows.transforms import Autoregressive, Composition, Context, Transform
+from wavedistill.flows.transforms import Autoregressive, Bound, Context, Transform
 from wavedistill.networks.encoder import MelEncoder
 from wavedistill.networks.wavenet import WaveNet
 from wavedistill.speech.conditioning import Conditioning
@@ -45,7 +46,7 @@ class WaveformModel(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.envelope, self.base = encoder, envelope, base
-        self.flows, self.shared = Composition(flows), shared
+        self.flows, self.shared = nn.ModuleList(flows), shared
         self.pitch, self.source = pitch, source
         self.margin = encoder.context + (0 if pitch is None else PITCH_CONTEXT)
 
@@ -58,23 +59,22 @@ class WaveformModel(nn.Module):
 
     def synthesised(self, residual: FlowDistribution, told: Conditioning) -> FlowDistribution:
         """The density of waveforms whose residuals have a given density, with the last transform of a log-mel."""
-        transform = Composition([self.flows, self.shared])
-        return FlowDistribution(transform, self.base, [residual.context, self.shared_context(told)])
+        return FlowDistribution(residual.base, [*residual.steps, Bound(self.shared, self.shared_context(told))])
 
     def residual(self, told: Conditioning) -> FlowDistribution:
         """The density of residuals (B, F * hop_length), with the conditioning as in `forward`."""
         context, _ = self.context(told)
-        return FlowDistribution(self.flows, self.base, [context] * len(self.flows.parts))
+        return FlowDistribution(self.base, [Bound(flow, context) for flow in cast(Iterable[Transform], self.flows)])
 
     @property
     def draws_in_parallel(self) -> bool:
         """Whether a waveform takes one pass of each network."""
-        return all(not isinstance(flow, Autoregressive) or flow.reads == "z" for flow in self.flows.parts)
+        return all(not isinstance(flow, Autoregressive) or flow.reads == "z" for flow in self.flows)
 
     @property
     def density_in_parallel(self) -> bool:
         """Whether the density of any waveform takes one pass of each network."""
-        return all(not isinstance(flow, Autoregressive) or flow.reads == "x" for flow in self.flows.parts)
+        return all(not isinstance(flow, Autoregressive) or flow.reads == "x" for flow in self.flows)
 
     @property
     def flops_per_sample(self) -> float:
@@ -119,7 +119,7 @@ class WaveformModel(nn.Module):
         return (features, source), phase
 
     def _envelope(self, mel: Tensor) -> Context:
-        return None if self.envelope is None else self.envelope(mel)
+        return () if self.envelope is None else self.envelope(mel)
 
 
 def _inside(whole: Tensor, cut: int) -> Tensor:

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from wavedistill.flows.distributions import FlowDistribution
-from wavedistill.flows.elementwise import Affine, Parameters
-from wavedistill.flows.transforms import Autoregressive, Composition, Context, Transform
-from wavedistill.models.conditioner import ConditionerNetwork
-from wavedistill.networks.wavenet import WaveNetState
+from wavedistill.flows.transforms import Autoregressive
+from wavedistill.networks.wavenet import WaveNet, WaveNetState
 from wavedistill.sampling.compiled import CompiledLoop
 from wavedistill.tools.progress import progress
 
@@ -46,15 +44,15 @@ def naive(
     Returns:
         The other side (B, T).
     """
-    wavenet = conditioner_of(flow).wavenet
+    wavenet = conditioner_of(flow)
     out = torch.zeros_like(given)
     for t in _steps(start, given.shape[1], label):
         # A window that starts on a feature boundary and holds at least the receptive field, and t itself.
         first = max(0, t - wavenet.receptive_field) // wavenet.repeat
         starts = (first, first * wavenet.repeat)
         window = tuple(part if part is None else part[:, begin:] for part, begin in zip(context, starts, strict=False))
-        parameters = flow.conditioner(out[:, starts[1] : t + 1], window)
-        out[:, t] = _solve(flow, given[:, t], tuple(parameter[:, -1] for parameter in parameters))
+        parameters = flow.step_parameters(out[:, starts[1] : t + 1], window)
+        out[:, t] = flow.solve(given[:, t], tuple(parameter[:, -1] for parameter in parameters))
     return out
 
 
@@ -73,13 +71,13 @@ def graphed(
     A flow's last recording is kept for as long as the flow lives, and serves again for the same batch size.
 
     Raises:
-        ValueError: for a mixture, whose inverse is found by a search that looks at values.
+        ValueError: for a flow whose steps look at values, as a mixture's do.
     """
-    if not isinstance(flow.elementwise, Affine):
-        raise ValueError("only the steps of an affine flow can be recorded; use `cached` for a mixture")
+    if not flow.elementwise.recordable:
+        raise ValueError(f"{type(flow.elementwise).__name__} looks at values, and cannot be recorded; use `cached`")
     features, source = _covering(flow, given, context)
     # A recording is good for as long as the weights stay in their place.
-    place = conditioner_of(flow).wavenet.input.weight.data_ptr()
+    place = conditioner_of(flow).input.weight.data_ptr()
     use = (place, len(given), 0 if source is None else source.shape[-1])
     if flow not in _RECORDINGS or _RECORDINGS[flow][0] != use:
         _RECORDINGS[flow] = (use, *_recorded(flow, *use[1:]))
@@ -132,8 +130,7 @@ def fastest(
     """The sequential direction of one flow by the fastest solver of its device; arguments as in `naive`."""
     if given.device.type == "cpu":
         return compiled(flow, given, context, label)
-    # The search of a mixture's inverse ends where its values say so, which a recording cannot.
-    return (graphed if isinstance(flow.elementwise, Affine) else cached)(flow, given, context, label)
+    return (graphed if flow.elementwise.recordable else cached)(flow, given, context, label)
 
 
 @torch.inference_mode()
@@ -143,11 +140,11 @@ def sample(distribution: FlowDistribution, noise: Tensor, solver: Solver = faste
     A lower temperature is noise scaled by it.
     """
     x = noise
-    for part, context in _flat(distribution.transform, distribution.context):
-        if isinstance(part, Autoregressive) and part.reads == "x":
-            x = solver(part, x, context, label)
+    for transform, context in distribution.steps:
+        if isinstance(transform, Autoregressive) and transform.reads == "x":
+            x = solver(transform, x, context, label)
         else:
-            x, _ = part(x, context)
+            x, _ = transform(x, context)
     return x
 
 
@@ -155,32 +152,25 @@ def sample(distribution: FlowDistribution, noise: Tensor, solver: Solver = faste
 def invert(distribution: FlowDistribution, x: Tensor, solver: Solver = fastest) -> tuple[Tensor, Tensor]:
     """The noise z (B, T) of a waveform x (B, T) and the per-step log density (B, T) of x, for a flow of any kind."""
     log_prob = torch.zeros_like(x)
-    for part, context in reversed(_flat(distribution.transform, distribution.context)):
-        if isinstance(part, Autoregressive) and part.reads == "z":
-            z = solver(part, x, context, None)
-            _, ladj = part(z, context)
+    for transform, context in reversed(distribution.steps):
+        if isinstance(transform, Autoregressive) and transform.reads == "z":
+            z = solver(transform, x, context, None)
+            _, ladj = transform(z, context)
             x, log_prob = z, log_prob - ladj
         else:
-            x, ladj = part.inverse(x, context)
+            x, ladj = transform.inverse(x, context)
             log_prob = log_prob + ladj
     return x, log_prob + distribution.base.log_prob(x)
 
 
-def _flat(transform: Transform, context: Context) -> list[tuple[Transform, Context]]:
-    """The simple transforms of a composition, each with its context, from z to x."""
-    if not isinstance(transform, Composition):
-        return [(transform, context)]
-    return [simple for part, own in transform.conditioned(context) for simple in _flat(part, own)]
-
-
-def conditioner_of(flow: Autoregressive) -> ConditionerNetwork:
+def conditioner_of(flow: Autoregressive) -> WaveNet:
     """The network of a flow, which can be evaluated step by step.
 
     Raises:
         TypeError: if the flow has another kind of conditioner.
     """
-    if not isinstance(flow.conditioner, ConditionerNetwork):
-        raise TypeError(f"sequential sampling steps a ConditionerNetwork, not a {type(flow.conditioner).__name__}")
+    if not isinstance(flow.conditioner, WaveNet):
+        raise TypeError(f"sequential sampling steps a WaveNet, not a {type(flow.conditioner).__name__}")
     return flow.conditioner
 
 
@@ -194,9 +184,8 @@ class _Steps:
     """
 
     def __init__(self, flow: Autoregressive, batch_size: int, source_channels: int) -> None:
-        self.conditioner = conditioner_of(flow)
-        self._solve = flow.elementwise.to_x if flow.reads == "x" else flow.elementwise.to_z
-        net = self.conditioner.wavenet
+        self._flow = weakref.proxy(flow)  # which a recording must not keep
+        self.net = net = conditioner_of(flow)
         self.repeat = net.repeat
         self.size = -(-STEPS_BLOCK // net.repeat) * net.repeat
         self.state = WaveNetState(net, batch_size, self.size)
@@ -210,7 +199,7 @@ class _Steps:
     def load(self, given: Tensor, features: Tensor | None, source: Tensor | None) -> None:
         """Put in what the next steps need, each (B, ...) and for at most `size` of them."""
         self.given[: given.shape[1]] = given.t()
-        projected = self.conditioner.wavenet.project(features)
+        projected = self.net.project(features)
         if self.context is not None and projected is not None:
             self.context[: len(projected)] = projected
         if self.source is not None and source is not None:
@@ -222,8 +211,8 @@ class _Steps:
         for i in range(count):
             context = None if self.context is None else self.context[i // self.repeat]
             source = None if self.source is None else self.source[i]
-            parameters = self.conditioner.step(previous, self.state, context, source)
-            previous = self.out[i] = self._solve(self.given[i], *parameters)[0]
+            parameters = self._flow.elementwise.parameters(self.net.step(previous, self.state, context, source))
+            previous = self.out[i] = self._flow.solve(self.given[i], parameters)
         self.previous.copy_(previous)
         self.state.advance(count)
 
@@ -263,16 +252,12 @@ def _covering(
         ValueError: if there are not.
     """
     features, source = (*context, None, None)[:2]
-    for part, steps in ((features, conditioner_of(flow).wavenet.repeat), (source, 1)):
+    for part, steps in ((features, conditioner_of(flow).repeat), (source, 1)):
         if part is not None and (len(part) != len(given) or part.shape[1] * steps < given.shape[1]):
             raise ValueError(
                 f"conditioning {tuple(part.shape)}, each for {steps} steps, does not cover {tuple(given.shape)}"
             )
     return features, source
-
-
-def _solve(flow: Autoregressive, given: Tensor, parameters: Parameters) -> Tensor:
-    return (flow.elementwise.to_x if flow.reads == "x" else flow.elementwise.to_z)(given, *parameters)[0]
 
 
 def _steps(start: int, stop: int, label: str | None, stride: int = 1) -> Iterable[int]:

@@ -1,14 +1,12 @@
 """Waveforms of parallel models block by block, as their conditioning becomes known."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from wavedistill.flows.transforms import Autoregressive
 from wavedistill.models.compiling import require_compiler
-from wavedistill.models.conditioner import ConditionerNetwork
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.networks.wavenet import WaveNetState
 from wavedistill.sampling.sequential import conditioner_of
@@ -39,12 +37,14 @@ def stream(
         Blocks (B, n) of the waveform, each a whole number of hops; together F * hop_length samples.
 
     Raises:
-        ValueError: if the model has a flow that is not inverse autoregressive.
+        ValueError: if the model has a flow that is not inverse autoregressive, or a piece has frames around it.
         RecipeError: if it is to be compiled, and there is no compiler.
     """
     draw, margin = _ParallelBlocks(model, noise, compiled), model.margin
     known: Conditioning | None = None  # and not drawn yet, but for the margin before it
     for piece in told:
+        if piece.margin:
+            raise ValueError(f"a piece of a stream has no frames around it, and this one has {piece.margin}")
         known = piece if known is None else known.followed_by(piece)
         while (ready := known.frames - 2 * margin) > 0:
             count = min(draw.most_frames, ready)
@@ -71,24 +71,22 @@ class _ParallelBlocks:
 
     def __init__(self, model: WaveformModel, noise: Callable[[int], Tensor], compiled: bool) -> None:
         self.model, self.noise, self.flows = model, noise, []
-        for part in model.flows.parts:
-            if not (isinstance(part, Autoregressive) and part.reads == "z"):
+        for flow in model.flows:
+            if not (isinstance(flow, Autoregressive) and flow.reads == "z"):
                 raise ValueError(
                     "only inverse autoregressive flows can be streamed, which remember their past, and "
-                    f"this model has {type(part).__name__} among its flows"
+                    f"this model has {type(flow).__name__} among its flows"
                 )
-            self.flows.append(part)
-        widest = max(conditioner_of(flow).wavenet.channels for flow in self.flows)
+            self.flows.append(flow)
+        widest = max(conditioner_of(flow).channels for flow in self.flows)
         values_a_frame = model.encoder.hop_length * widest
         self.most_frames = max(1, STREAM_VALUES[next(model.parameters()).device.type] // values_a_frame)
-        self._nets = [conditioner_of(flow) for flow in self.flows]
+        self._parameters = [flow.step_parameters for flow in self.flows]
         # Every other length would be compiled anew.
-        self._nets_of_full_blocks = self._nets
+        self._parameters_of_full_blocks = self._parameters
         if compiled:
             require_compiler(next(model.parameters()).device)
-            self._nets_of_full_blocks = [
-                cast(ConditionerNetwork, torch.compile(net, dynamic=False)) for net in self._nets
-            ]
+            self._parameters_of_full_blocks = [torch.compile(each, dynamic=False) for each in self._parameters]
         self._states: list[WaveNetState] = []
         self._phase: Tensor | None = None
         self._tail: Tensor | None = None
@@ -97,14 +95,15 @@ class _ParallelBlocks:
         """The next F * hop_length samples, from F frames and those around them."""
         model, frames = self.model, told.frames
         context, self._phase = model.context(told, phase=self._phase)
+        features, source = (*context, None)[:2]
         # What is compiled for one layout in memory, a view for instance, is compiled anew for another.
         x = self.noise(frames * model.encoder.hop_length).clone(memory_format=torch.contiguous_format)
         if not self._states:
             room = self.most_frames * model.encoder.hop_length
-            self._states = [WaveNetState(net.wavenet, len(x), room) for net in self._nets]
-        nets = self._nets_of_full_blocks if frames == self.most_frames else self._nets
-        for flow, net, state in zip(self.flows, nets, self._states, strict=True):
-            x, _ = flow.elementwise.to_x(x, *net(x, context, state))
+            self._states = [WaveNetState(conditioner_of(flow), len(x), room) for flow in self.flows]
+        parameters = self._parameters_of_full_blocks if frames == self.most_frames else self._parameters
+        for flow, parameters_of, state in zip(self.flows, parameters, self._states, strict=True):
+            x, _ = flow.elementwise.to_x(x, *parameters_of(x, (features, source, state)))
         if not isinstance(model.shared, LinearPrediction):
             return model.shared(x)[0]
         coefficients, log_gain = model.shared_context(told)

@@ -39,7 +39,7 @@ class LinearPrediction(Transform):
         super().__init__()
         self.hop_length = hop_length
 
-    def forward(self, z: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, context: Context = ()) -> tuple[Tensor, Tensor]:
         _, log_gain = context
         x = self.synthesise(z, context, z.new_zeros(len(z), 0))
         return x.to(z.dtype), self._per_sample(log_gain, z.shape[1]).expand(len(z), -1)
@@ -55,7 +55,7 @@ class LinearPrediction(Transform):
         filtered = _Synthesis.apply if z.device.type == "cpu" else synthesise_by_frames
         return filtered(excitation, coefficients.expand(len(z), -1, -1).double(), self.hop_length, past)
 
-    def inverse(self, x: Tensor, context: Context = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, x: Tensor, context: Context = ()) -> tuple[Tensor, Tensor]:
         coefficients, log_gain = context
         length, order = x.shape[1], coefficients.shape[-1]
         frames = math.ceil(length / self.hop_length)

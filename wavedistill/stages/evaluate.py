@@ -17,7 +17,7 @@ from wavedistill.experiment.folder import SHARED, Experiment
 from wavedistill.experiment.stage import Stage
 from wavedistill.flows.bases import StandardNormal
 from wavedistill.flows.distributions import FlowDistribution
-from wavedistill.flows.transforms import Scale
+from wavedistill.flows.transforms import Bound, Scale
 from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.networks.threads import settle
@@ -109,7 +109,8 @@ def densities(experiment: Experiment, models: Models, test: list[Utterance]) -> 
     untrained = {name: build(recipe, name, recipe.seed).to(device) for name in models}
     teachers = {name: experiment.teacher(name) for name in models if recipe.teacher_of(name) is None}
     # What is known before any model: independent Gaussian samples at the recipe's level.
-    level_gaussian = FlowDistribution(Scale(10 ** (recipe.audio.level_db / 20)).to(device), StandardNormal())
+    level = Scale(10 ** (recipe.audio.level_db / 20)).to(device)
+    level_gaussian = FlowDistribution(StandardNormal(), [Bound(level)])
     clips = [read_samples(experiment.audio, utterance) for utterance in test]
     margin = max(model.margin for model in models.values())
     log_mel = audio.LogMel(recipe.audio).to(device)

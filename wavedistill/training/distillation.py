@@ -128,7 +128,7 @@ class Distillation(Objective):
             found["z_reconstruction"] = (steps[1].noise(residual) - noise).square()
         if weights.x_reconstruction:
             recorded, _ = self.teacher.analyse(dequantise(batch.with_margins, streams), told)
-            rebuilt, _ = q.transform(p.conditionals(recorded).noise(recorded), q.context)
+            rebuilt, _ = q.to_x(p.conditionals(recorded).noise(recorded))
             found["x_reconstruction"] = (rebuilt - recorded).square()
         if weights.spectral or weights.log_mel:
             x, _ = student.shared(residual, student.shared_context(told))

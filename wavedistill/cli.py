@@ -350,6 +350,12 @@ def main() -> None:
     keep_freed_memory()
     try:
         app()
+    except SystemExit as ended:
+        if not ended.code and "torch" in sys.modules:
+            from wavedistill.tools.engine import leave
+
+            leave()
+        raise
     except RecipeError as error:
         sys.exit(_fail(error, 2))
     except (UserError, OSError) as error:  # a disk that is full or not ours to write is no fault of the program

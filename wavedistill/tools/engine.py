@@ -57,6 +57,12 @@ def processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
 
 
+def leave() -> None:
+    """End what several processes had in common, whose threads would else be cut off, now and then with an abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def by_first(fabric: "Fabric", find: Callable[[], Found]) -> Found:
     """What the first process finds, in all of them; what a user can mend is raised in all."""
     found: Found | UserError | None = None

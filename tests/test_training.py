@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tests.conftest import margin, speech_like, told
 from tests.test_audio import corpus
-from wavedistill.corpus.segments import Batch, dequantise
+from wavedistill.corpus.segments import Batch, Segments, dequantise
 from wavedistill.corpus.utterances import Manifest
 from wavedistill.experiment.folder import Experiment
 from wavedistill.experiment.stage import Stage, run_stage
@@ -31,6 +31,7 @@ from wavedistill.sampling.sequential import sample
 from wavedistill.speech.audio import LogMel, rms_db
 from wavedistill.speech.conditioning import Conditioning
 from wavedistill.speech.pitch import PitchPredictor
+from wavedistill.tools.engine import launch
 from wavedistill.tools.errors import CheckpointError, CorpusError, TrainingError
 from wavedistill.tools.random import Streams, random_stream
 from wavedistill.training.batches import Batches, read_ahead
@@ -39,7 +40,7 @@ from wavedistill.training.likelihood import likelihood_task
 from wavedistill.training.loop import Outcome, fit
 from wavedistill.training.losses import negative_log_likelihood
 from wavedistill.training.state import saved_states
-from wavedistill.training.task import Task, learning_rate
+from wavedistill.training.task import Player, Task, learning_rate
 
 STEPS = 24
 
@@ -490,3 +491,27 @@ def test_weights_that_are_given_stay_as_they_are(tmp_path: Path, train: Train) -
     train("student", steps=6, given=given)
     found = weights(tmp_path / "student")
     assert all(torch.equal(found[name], value) for name, value in given.items())
+
+
+def test_each_player_follows_its_own_schedule_and_clipping(tmp_path: Path, tiny: Recipe) -> None:
+    """A task's own players: one whose gradient is clipped to next to nothing, and one that stands still."""
+    manifest = corpus(tmp_path / "audio", tiny, [40])
+
+    def own(task: Task, model: WaveformModel) -> list[Player]:
+        assert model.pitch is not None
+        density = [*model.encoder.parameters(), *model.flows.parameters()]
+        return [
+            Player("density", density, task.weights, lambda step: 1e-3, 1e-6),
+            Player("predictor", list(model.pitch.parameters()), {"pitch": 1.0}, lambda step: 0.0, 1.0),
+        ]
+
+    task = likelihood_task(tiny, "teacher")._replace(players=own)
+    segments = Segments(manifest, tmp_path / "audio", "train", frames=20, margin=margin(tiny))
+    streams = [random_stream(0)]
+    learner = Learner(task, tiny, launch(torch.device("cpu")))
+    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
+    learner.step([(segments.draw(streams), streams)], 0)
+    moved = {name.split(".")[0] for name, value in learner.model.state_dict().items() if not value.equal(before[name])}
+    assert moved == {"flows"}, "the head starts at zero, so that nothing before it has a gradient yet"
+    norms = [float(nn.utils.get_total_norm([p.grad for p in player.parameters])) for player in learner.players]
+    assert norms[0] <= 1.01e-6 < 1e-3 < norms[1]

@@ -51,7 +51,7 @@ class Task(NamedTuple):
         weights: of the terms that the model is to lessen, by which the weights to keep are chosen as well.
         sample: draws audio (B, T) from a model, with the conditioning of a batch, for the log.
         given: weights of the model, by name, that are known and stay as they are.
-        players: of a model, the first of which lessens the weighted terms; by default `density_and_predictor`.
+        players: of a model, the first of which lessens the weighted terms; by default its density and its predictor.
     """
 
     name: str

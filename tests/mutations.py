@@ -186,7 +186,7 @@ TABLE = [
     ("a stale table is current", "stages/report.py", 'all(row["of"] == of for row in table["rows"])', "True", "test_report.py"),
     # Written after the tests, to see what else they do not see.
     ("contrast with the same place", "speech/conditioning.py", "away = self.mel.shape[-1] // 2", "away = 0", "test_losses.py"),
-    ("temperature forgotten", "vocoder/vocoder.py", ".to(device).mul_(temperature)", ".to(device)", "test_recordings.py::test_a_recording_is_synthesised_at_the_level_that_it_would_be_trained_at"),
+    ("temperature forgotten", "vocoder/vocoder.py", ".to(self.device).mul_(temperature)", ".to(self.device)", "test_recordings.py::test_a_recording_is_synthesised_at_the_level_that_it_would_be_trained_at"),
     ("streams that trailing zeros do not tell apart", "tools/random.py", "SeedSequence([len(entropy), *entropy])", "SeedSequence([*entropy])", "test_audio.py test_training.py"),
     ("F0 beyond the file", "corpus/segments.py", "[frames.clamp(0, utterance.frames - 1)] * inside[-1]", "[frames.clamp(0, utterance.frames - 1)]", "test_audio.py test_flows.py"),
     ("every utterance as likely", "corpus/segments.py", "np.cumsum([u.frames - frames + 1 for u in self.utterances])", "np.cumsum([1 for u in self.utterances])", "test_audio.py test_training.py"),

@@ -116,30 +116,29 @@ def test_features_are_of_order_one_and_tell_silence_from_the_middle_of_the_range
     torch.testing.assert_close(features[0], torch.tensor([[0.0, 1, 1, 1], [0, -1, 0, 1]]), atol=1e-6, rtol=0)
 
 
-def test_a_second_peak_does_not_pull_f0() -> None:
-    """An octave away it may be nearly as high: F0 is where the highest peak is, not between them."""
+def f0_of(floor: float, peaks: dict[int, float]) -> tuple[torch.Tensor, PitchPredictor]:
+    """What a predictor says whose bins have these log-weights, all others the floor, and the predictor."""
     predictor = PitchPredictor(SMALL_AUDIO, channels=4)
     head = predictor.layers[-1]
     torch.nn.init.zeros_(head.weight)
     with torch.no_grad():
-        head.bias.fill_(-10)
+        head.bias.fill_(floor)
         head.bias[0] = 1  # voiced
-        head.bias[1 + 12], head.bias[1 + 50] = 5.0, 4.9
-    f0 = predictor(torch.zeros(1, SMALL_AUDIO.n_mels, 1 + 2 * PITCH_CONTEXT))
-    torch.testing.assert_close(f0[0], predictor.centres[12:13].exp(), rtol=0.01, atol=0)
+        for number, height in peaks.items():
+            head.bias[1 + number] = height
+    return predictor(torch.zeros(1, SMALL_AUDIO.n_mels, 1 + 2 * PITCH_CONTEXT))[0], predictor
+
+
+def test_a_second_peak_does_not_pull_f0() -> None:
+    """An octave away it may be nearly as high: F0 is where the highest peak is, not between them."""
+    f0, predictor = f0_of(-10, {12: 5.0, 50: 4.9})
+    torch.testing.assert_close(f0, predictor.centres[12:13].exp(), rtol=0.01, atol=0)
 
 
 def test_f0_lies_between_bins_and_at_the_highest_peak_alone() -> None:
     """Two equal neighbours: their geometric mean. A peak three bins off has no part in it."""
-    predictor = PitchPredictor(SMALL_AUDIO, channels=4)
-    head = predictor.layers[-1]
-    torch.nn.init.zeros_(head.weight)
-    with torch.no_grad():
-        head.bias.fill_(-30)
-        head.bias[0] = 1  # voiced
-        head.bias[1 + 12], head.bias[1 + 13], head.bias[1 + 16] = 5.0, 5.0, 4.9
-    f0 = predictor(torch.zeros(1, SMALL_AUDIO.n_mels, 1 + 2 * PITCH_CONTEXT))
-    torch.testing.assert_close(f0[0], predictor.centres[12:14].mean()[None].exp(), rtol=1e-4, atol=0)
+    f0, predictor = f0_of(-30, {12: 5.0, 13: 5.0, 16: 4.9})
+    torch.testing.assert_close(f0, predictor.centres[12:14].mean()[None].exp(), rtol=1e-4, atol=0)
 
 
 def test_voicing_is_learnt_everywhere_and_height_where_there_is_a_voice() -> None:

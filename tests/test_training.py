@@ -214,7 +214,7 @@ def test_an_interrupted_stage_is_not_up_to_date_for_the_settings_before(tmp_path
             raise TrainingError("interrupted")
         return "done"
 
-    stage = Stage("a", "", (), lambda e: e.recipe.seed, lambda e: [], lambda e: [e.root / "out"], run)
+    stage = Stage("a", (), lambda e: e.recipe.seed, lambda e: [], lambda e: [e.root / "out"], run)
     first, second = (
         Experiment(recipe.model_copy(update={"seed": seed}), tmp_path, torch.device("cpu")) for seed in (1, 7)
     )

@@ -20,7 +20,6 @@ class Stage:
 
     Attributes:
         name: of its command.
-        summary: one line of help.
         needs: the stages whose files it reads; they must have finished.
         settings: what it depends on besides its input files, as plain values.
         inputs: the files it reads.
@@ -31,7 +30,6 @@ class Stage:
     """
 
     name: str
-    summary: str
     needs: tuple[str, ...]
     settings: Callable[[Experiment], Any]
     inputs: Callable[[Experiment], Iterable[Path]]

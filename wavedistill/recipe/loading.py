@@ -16,8 +16,8 @@ from wavedistill.recipe.sections import BACKSLASHES, DebianCorpus, FolderCorpus,
 from wavedistill.recipe.trainings import Distillation, Likelihood
 from wavedistill.tools.errors import RecipeError
 
-PATHS = {"nanotts": "text", "debian": "path", "folder": "path"}
-"""Keys of a corpus that are paths, by its kind: relative ones are so to the recipe's file."""
+PATHS = ("text", "path")
+"""Keys of a corpus that are paths: relative ones are so to the recipe's file."""
 KINDS = ("kind", "objective")
 """Keys that say what else a table holds."""
 
@@ -104,11 +104,10 @@ def _read(path: Path, extending: list[Path]) -> dict[str, Any]:
         number = re.search(r"at line (\d+)", str(error))
         hint = f"; {BACKSLASHES}" if number and "\\" in text.split("\n")[int(number[1]) - 1] else ""
         raise RecipeError(f"{path}: not valid TOML: {error}{hint}") from error
-    corpus = data.get("corpus")
-    if isinstance(corpus, dict) and isinstance(
-        value := corpus.get(key := PATHS.get(str(corpus.get("kind")), "path")), str
-    ):
-        corpus[key] = value if not value or value.startswith("~") else str(path.parent / value)
+    if isinstance(corpus := data.get("corpus"), dict):
+        for key in PATHS:
+            if isinstance(value := corpus.get(key), str) and value and not value.startswith("~"):
+                corpus[key] = str(path.parent / value)
     base = data.pop("extends", None)
     if base is None:
         return data

@@ -20,9 +20,6 @@ class Conditioning:
     margin: int
     f0: Tensor | None = None
 
-    def __len__(self) -> int:
-        return len(self.mel)
-
     @property
     def frames(self) -> int:
         """F: those that a waveform is drawn for."""

@@ -23,6 +23,7 @@ from wavedistill.experiment.folder import Experiment, measured_on, speed_setting
 from wavedistill.experiment.stage import Stage
 from wavedistill.experiment.tasks import task_of
 from wavedistill.models.compiling import compile_networks
+from wavedistill.models.kinds import build
 from wavedistill.tools.engine import launch
 from wavedistill.tools.files import write_json
 from wavedistill.tools.machine import machine, watch_others
@@ -81,7 +82,7 @@ def measure_training(experiment: Experiment, name: str, threads: int) -> dict[st
     torch.set_num_threads(threads)
     task = task_of(experiment, name)
     settings, teacher = task.settings, recipe.teacher_of(name)
-    flops = 0.0 if teacher is None else 2 * experiment.model(teacher).flops_per_sample
+    flops = 0.0 if teacher is None else 2 * build(recipe, teacher, recipe.seed).flops_per_sample
     fabric = launch(device)
     learner = Learner(task, recipe, fabric)
     batches = Batches(task, experiment.corpus(), experiment.audio, recipe, fabric, learner.model.margin)
@@ -146,10 +147,9 @@ def _settings(experiment: Experiment) -> Any:
     return [speed_settings(experiment.recipe), about, str(experiment.device)]
 
 
-def _stage(name: str, run: Callable[[Experiment], str], what: str | None, summary: str, needs: list[str]) -> Stage:
+def _stage(name: str, run: Callable[[Experiment], str], what: str | None, needs: list[str]) -> Stage:
     return Stage(
         name=name,
-        summary=summary,
         needs=("prepare", *needs),
         settings=_settings,
         inputs=lambda experiment: [experiment.manifest, *experiment.checkpoints],
@@ -161,14 +161,14 @@ def _stage(name: str, run: Callable[[Experiment], str], what: str | None, summar
 
 def stage(trainings: list[str]) -> Stage:
     """The stage of a recipe with these trainings."""
-    return _stage("benchmark", run, None, __doc__ or "", trainings)
+    return _stage("benchmark", run, None, trainings)
 
 
 def full(trainings: list[str]) -> Stage:
     """As `stage`, for the long table."""
-    return _stage("benchmark_full", run_full, "full", run_full.__doc__ or "", trainings)
+    return _stage("benchmark_full", run_full, "full", trainings)
 
 
 def train(trainings: list[str]) -> Stage:
     """As `stage`, for the pace of the trainings."""
-    return _stage("benchmark_train", run_train, "train", run_train.__doc__ or "", trainings)
+    return _stage("benchmark_train", run_train, "train", trainings)

@@ -248,7 +248,6 @@ def stage(trainings: list[str]) -> Stage:
     """The stage of a recipe with these trainings."""
     return Stage(
         name="evaluate",
-        summary=__doc__ or "",
         needs=("prepare", *trainings),
         settings=settings,
         inputs=inputs,

@@ -344,7 +344,6 @@ def stage() -> Stage:
     """The stage of any recipe."""
     return Stage(
         name="prepare",
-        summary=__doc__ or "",
         needs=(),
         settings=_settings,
         inputs=lambda experiment: [],

@@ -261,7 +261,6 @@ def stage(trainings: list[str]) -> Stage:
     """The stage of a recipe with these trainings."""
     return Stage(
         name="report",
-        summary=__doc__ or "",
         needs=("prepare", *trainings, "evaluate"),
         settings=settings,
         inputs=inputs,

@@ -8,15 +8,8 @@ from wavedistill.experiment.folder import SHARED, Experiment
 from wavedistill.experiment.stage import Stage
 from wavedistill.experiment.tasks import task_of
 from wavedistill.recipe.recipe import Recipe
-from wavedistill.recipe.trainings import Distillation, Likelihood, OwnTraining
 from wavedistill.tools.files import fingerprint
 from wavedistill.training.loop import fit
-
-SUMMARY = {
-    Likelihood: "Train {name} by maximum likelihood.",
-    Distillation: "Distil {name} from {of}.",
-    OwnTraining: "Train {name} by {objective}.",
-}
 
 
 def run(name: str, experiment: Experiment) -> str:
@@ -57,10 +50,9 @@ def inputs(name: str, experiment: Experiment) -> list[Path]:
 
 def stage(name: str, recipe: Recipe) -> Stage:
     """The stage of one of a recipe's trainings."""
-    training, teacher = recipe.training[name], recipe.teacher_of(name)
+    teacher = recipe.teacher_of(name)
     return Stage(
         name=name,
-        summary=SUMMARY[type(training)].format(name=name, **training.model_dump()),
         needs=("prepare", *([teacher] if teacher else [])),
         settings=partial(settings, name),
         inputs=partial(inputs, name),

@@ -60,6 +60,11 @@ class Vocoder:
         self.name, self.recipe, self.heard, self.model = name, recipe, heard, model
         self.sample_rate = recipe.audio.sample_rate
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
     def __repr__(self) -> str:
         units = self.recipe.audio
         return (
@@ -74,9 +79,7 @@ class Vocoder:
 
     def given(self, mel: Tensor) -> FlowDistribution:
         """The density of waveforms (1, F * hop_length) given a log-mel (n_mels, F)."""
-        device = next(self.model.parameters()).device
-        padded = audio.pad_frames(mel.clamp_min(audio.LOG_MEL_FLOOR)[None], self.model.margin)
-        return self.model(Conditioning(padded.to(device), self.model.margin))
+        return self.model(Conditioning(self._padded(mel).to(self.device), self.model.margin))
 
     def vocode(self, source: Tensor | str | Path, seed: int = 0, temperature: float = 1.0) -> Tensor:
         """A waveform (F * hop_length,) for a log-mel (n_mels, F), or for a file of audio or of one.
@@ -96,7 +99,7 @@ class Vocoder:
     def sample(self, mel: Tensor, seed: int = 0, temperature: float = 1.0) -> Tensor:
         """A draw (F * hop_length,) from the density given a log-mel (n_mels, F); arguments as in `vocode`."""
         noise = self.model.base.noise((1, mel.shape[1] * self.recipe.audio.hop_length), random_stream(seed))
-        return sample(self.given(mel), noise.to(next(self.model.parameters()).device) * temperature)[0].cpu()
+        return sample(self.given(mel), noise.to(self.device) * temperature)[0].cpu()
 
     def log_prob(self, wave: Tensor, mel: Tensor | None = None) -> Tensor:
         """The log density of a waveform (F * hop_length,) in nats, given a log-mel (n_mels, F) or its own.
@@ -105,7 +108,7 @@ class Vocoder:
             SequentialDirectionError: for a model that knows the density of its own samples only.
         """
         mel = self.log_mel(wave) if mel is None else mel
-        return self.given(mel).log_prob(wave[None].to(next(self.model.parameters()).device))[0]
+        return self.given(mel).log_prob(wave[None].to(self.device))[0]
 
     def of_file(
         self, path: Path, seed: int = 0, temperature: float = 1.0, *, fused: bool = False, bf16: bool = False
@@ -115,25 +118,24 @@ class Vocoder:
         Raises:
             AudioError: if the file holds nothing to synthesise, or what is drawn from it is no sound.
         """
-        settings, margin, suffix = self.recipe.audio, self.model.margin, path.suffix.lower()
+        settings, suffix = self.recipe.audio, path.suffix.lower()
         if suffix in OTHER_ARRAYS:
             raise AudioError(f"{shown(path)}: log-mels are read from .npy files; convert it: {OTHER_ARRAYS[suffix]}")
         if suffix == ".npy":
             given = audio.read_log_mel(path, settings.n_mels)
             said, gain, frames = examine(path, given, self.heard), 1.0, given.shape[1]
-            mel = iter([audio.pad_frames(given.clamp_min(audio.LOG_MEL_FLOOR)[None], margin)])
+            mel = iter([self._padded(given)])
         else:
             samples = audio.pad_to_hops(recordings.read(path, settings.sample_rate), settings.hop_length)
             pieces, gain = recordings.speech(samples, self.recipe)
             speech = audio.pad_to_hops(torch.cat(pieces[:TRACKED]), settings.hop_length)
             said, frames = examine_f0(speech, settings, self.heard), len(samples) // settings.hop_length
-            mel = audio.LogMel(settings).of_blocks(samples.mul_(gain)[None], margin)
+            mel = audio.LogMel(settings).of_blocks(samples.mul_(gain)[None], self.model.margin)
         if said:
             note(f"{shown(path)}: {said}")
-        model, device = self.model, next(self.model.parameters()).device
-        told = (Conditioning(piece.to(device), 0) for piece in mel)
+        told = (Conditioning(piece.to(self.device), 0) for piece in mel)
         length = frames * settings.hop_length
-        noise = model.base.noise((1, length), random_stream(seed)).to(device).mul_(temperature)
+        noise = self.model.base.noise((1, length), random_stream(seed)).to(self.device).mul_(temperature)
         wave, end, clipped = torch.empty(length), 0, 0
         for block in self._drawn(told, noise, path.name, fused=fused, bf16=bf16):
             block = block[0].cpu() / gain
@@ -149,6 +151,10 @@ class Vocoder:
                 "written: a log-mel has to be the natural logarithm of amplitudes, of sound at the training's level"
             )
         return wave, clipped
+
+    def _padded(self, mel: Tensor) -> Tensor:
+        """A log-mel (n_mels, F) with the silence around it that the model needs (1, n_mels, F + 2 margin)."""
+        return audio.pad_frames(mel.clamp_min(audio.LOG_MEL_FLOOR)[None], self.model.margin)
 
     def _drawn(
         self, told: Iterator[Conditioning], noise: Tensor, label: str, *, fused: bool, bf16: bool

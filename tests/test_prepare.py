@@ -17,9 +17,11 @@ import soundfile
 import torch
 
 from tests.conftest import speech_like
-from wavedistill import stages
+from wavedistill.corpus import clips as clips_of
 from wavedistill.corpus import recordings
+from wavedistill.corpus.clips import Clip
 from wavedistill.corpus.sources import _command, sources, unused
+from wavedistill.corpus.splits import splits
 from wavedistill.corpus.utterances import Manifest, read_f0, read_samples
 from wavedistill.experiment.folder import Experiment
 from wavedistill.experiment.stage import run_stage
@@ -28,7 +30,6 @@ from wavedistill.recipe.recipe import Recipe
 from wavedistill.recipe.sections import DebianCorpus, FolderCorpus
 from wavedistill.speech import audio
 from wavedistill.stages import stages_of
-from wavedistill.stages.prepare import Clip, splits
 from wavedistill.tools.errors import CorpusError
 
 Prepare = Callable[..., Experiment]
@@ -238,7 +239,7 @@ def test_links_are_followed_and_every_kind_is_read(
     for number, name in enumerate(names, 20):
         kind = recordings.KINDS[Path(name).suffix.lower()]
         soundfile.write(os.fsencode(elsewhere / name), speech_like(32000, number).numpy(), 16000, format=kind)
-    monkeypatch.setattr(stages.prepare, "FEW", 0)
+    monkeypatch.setattr(clips_of, "FEW", 0)
     experiment = prepare(voice)
     manifest = Manifest.read(experiment.manifest)
     assert len(manifest.utterances) == 5 + len(names)
@@ -269,9 +270,9 @@ def test_long_recordings_have_fewer_processes(
     for path in paths:
         soundfile.write(path, np.zeros(int(path.stem) * 16000), 16000)
     (tmp_path / "words.wav").write_text("words")
-    each = stages.prepare.WORKER_BYTES + stages.prepare.SAMPLE_BYTES * 3 * 16000
-    monkeypatch.setattr(stages.prepare, "free_memory", lambda: int(room * each))
-    assert stages.prepare._workers([*paths, tmp_path / "words.wav"], 16000) == workers
+    each = clips_of.WORKER_BYTES + clips_of.SAMPLE_BYTES * 3 * 16000
+    monkeypatch.setattr(clips_of, "free_memory", lambda: int(room * each))
+    assert clips_of._workers([*paths, tmp_path / "words.wav"], 16000) == workers
 
 
 def test_all_cores_prepare_what_one_does(voice: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +280,7 @@ def test_all_cores_prepare_what_one_does(voice: Path, prepare: Prepare, monkeypa
     one = prepare(voice, max_skipped=0.2)
     before = {path: path.read_bytes() for path in [one.manifest, *one.audio.iterdir()]}
     one.manifest.unlink()
-    monkeypatch.setattr(stages.prepare, "FEW", 0)
+    monkeypatch.setattr(clips_of, "FEW", 0)
     prepare(voice, max_skipped=0.2)
     assert {path: path.read_bytes() for path in [one.manifest, *one.audio.iterdir()]} == before
 

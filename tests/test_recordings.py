@@ -242,11 +242,11 @@ MEASURE = """
 import resource, sys, torch
 from pathlib import Path
 from tests.conftest import HEARD
-from wavedistill.corpus import recordings
+from wavedistill.corpus import clips, recordings
+from wavedistill.corpus.sources import Source
 from wavedistill.models.kinds import build
 from wavedistill.recipe.loading import load_recipe
 from wavedistill.speech import audio
-from wavedistill.stages import prepare
 from wavedistill.vocoder import vocoder
 
 what, path, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
@@ -261,8 +261,8 @@ def stream(model, told, noise, compiled):  # in place of the networks, which tak
 
 def work(path):
     if what == "prepare":
-        source = prepare.Source("a", "a", lambda rate: recordings.read(path, rate))
-        assert prepare._clips(source, recipe, folder)
+        source = Source("a", "a", lambda rate: recordings.read(path, rate))
+        assert clips._clips(source, recipe, folder)
     else:
         vocoder.stream = stream
         wave, _ = vocoder.Vocoder("student", recipe, HEARD, build(recipe, "student", 1)).of_file(path, 0, 0.01)

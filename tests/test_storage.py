@@ -34,7 +34,7 @@ STORAGES = ("wav", "flac", "shards")
 @pytest.fixture
 def prepared(tmp_path: Path, tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[str, Experiment]:
     """The same voice prepared in every kind of storage, with several shards of training clips."""
-    monkeypatch.setattr(prepare, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr("wavedistill.corpus.storage.SHARD_BYTES", 50_000)
     voice = write_voice(tmp_path / "voice", 8)
     found = {}
     for storage in STORAGES:
@@ -98,12 +98,12 @@ def test_a_packing_that_was_interrupted_goes_on(
         return tarfile.TarFile.open(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("wavedistill.stages.prepare.tarfile.open", interrupted)
+        patch.setattr("wavedistill.corpus.storage.tarfile.open", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_stage(prepare.stage(), experiment)
     assert not experiment.audio.exists()
     with monkeypatch.context() as patch:
-        patch.setattr("wavedistill.stages.prepare._clips", None)
+        patch.setattr("wavedistill.corpus.clips._clips", None)
         run_stage(prepare.stage(), experiment)
     first, second = ({path.name: path.read_bytes() for path in e.audio.iterdir()} for e in (whole, experiment))
     assert first == second

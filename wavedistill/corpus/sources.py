@@ -1,6 +1,5 @@
 """Where speech comes from: each kind of corpus as a list of sources that can be read one by one."""
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from wavedistill.corpus import recordings
 from wavedistill.recipe.sections import Corpus, DebianCorpus, FolderCorpus, NanottsCorpus
 from wavedistill.speech.audio import PCM16_STEPS
 from wavedistill.tools.errors import CorpusError
-from wavedistill.tools.files import named, shown
+from wavedistill.tools.files import named, sha256, shown
 
 NANOTTS_SAMPLE_RATE = 16000
 LONGEST_SUFFIX = "_000000.f0.npy.partial"
@@ -145,9 +144,7 @@ def _unpacked(corpus: DebianCorpus) -> FolderCorpus:
         package, *others = sorted(root.glob(f"{corpus.package}_*.deb"))
         if others:
             raise CorpusError(f"{root}: holds several packages {corpus.package}: keep the one with the right sha256")
-        with package.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != corpus.sha256:
+        if (digest := sha256(package)) != corpus.sha256:
             raise CorpusError(f"{package}: its sha256 is {digest}, not corpus.sha256; get the right version: {page}")
         fresh = unpacked.with_suffix(".partial")
         shutil.rmtree(fresh, ignore_errors=True)

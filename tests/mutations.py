@@ -126,8 +126,8 @@ TABLE = [
     ("no lag window", "speech/linear_prediction.py", "[..., : self.order + 1] * self.lag_window", "[..., : self.order + 1]", "test_linear_prediction.py"),
     ("gain left on", "vocoder/vocoder.py", "block = block[0].cpu() / gain", "block = block[0].cpu()", "test_generate.py"),
     ("likelihood without dequantisation", "training/likelihood.py", "model.analyse(dequantise(batch.with_margins, streams), told)", "model.analyse(batch.with_margins, told)", "test_training.py"),
-    ("likelihood of the test split without dequantisation", "stages/evaluate.py", "noisy = dequantise(clip[None].to(device), [random_stream(recipe.seed, DEQUANTISE, i)])", "noisy = clip[None].to(device)", "test_evaluate.py"),
-    ("unweighted mean over clips", "stages/evaluate.py", "(torch.tensor(each, dtype=torch.float64) * lengths).sum() / lengths.sum()", "torch.tensor(each, dtype=torch.float64).mean()", "test_evaluate.py"),
+    ("likelihood of the test split without dequantisation", "evaluation/densities.py", "noisy = dequantise(clip[None].to(device), [random_stream(recipe.seed, DEQUANTISE, i)])", "noisy = clip[None].to(device)", "test_evaluate.py"),
+    ("unweighted mean over clips", "evaluation/densities.py", "(torch.tensor(each, dtype=torch.float64) * lengths).sum() / lengths.sum()", "torch.tensor(each, dtype=torch.float64).mean()", "test_evaluate.py"),
     # Flows and the network.
     ("ladj of an affine step", "flows/elementwise.py", "return shift + log_scale.exp() * z, log_scale", "return shift + log_scale.exp() * z, -log_scale", "test_flows.py"),
     ("transforms inverted in one order", "flows/distributions.py", "for step in reversed(self.steps):", "for step in self.steps:", "test_flows.py"),
@@ -180,7 +180,7 @@ TABLE = [
     ("STFT bits for nats", "evaluation/metrics.py", "return 15 + nll_nats / math.log(2)", "return 16 + nll_nats / math.log(2)", "test_metrics.py"),
     ("a gate that compares with the worst", "evaluation/verdict.py", "best = max(others, key=lambda other: sign * others[other])", "best = min(others, key=lambda other: sign * others[other])", "test_cli.py::test_a_student_is_compared_with_the_best_that_needs_no_training"),
     ("a gate on the mean difference", "evaluation/verdict.py", "None if (value := clip[name]) is None else abs(value)", "None if (value := clip[name]) is None else value", "test_cli.py::test_each_gate_catches_its_own_fault"),
-    ("another utterance's log-mel is the own", "stages/evaluate.py", "other = Conditioning(told[i - 1].mel.repeat", "other = Conditioning(told[i].mel.repeat", "test_evaluate.py"),
+    ("another utterance's log-mel is the own", "evaluation/densities.py", "other = Conditioning(told[i - 1].mel.repeat", "other = Conditioning(told[i].mel.repeat", "test_evaluate.py"),
     ("a file is written in place", "tools/files.py", "partial.replace(path)", "path.write_bytes(partial.read_bytes())", "test_checkpoint.py test_storage.py test_faults.py::test_a_second_process_in_the_same_folder_is_refused"),
     ("any version of a checkpoint", "models/checkpoint.py", "if version != VERSION:", "if False:", "test_checkpoint.py"),
     ("a stale table is current", "stages/report.py", 'all(row["of"] == of for row in table["rows"])', "True", "test_report.py"),
@@ -192,8 +192,8 @@ TABLE = [
     ("every utterance as likely", "corpus/segments.py", "np.cumsum([u.frames - frames + 1 for u in self.utterances])", "np.cumsum([1 for u in self.utterances])", "test_audio.py test_training.py"),
     ("quantile of the normal mirrored", "flows/bases.py", "* -logit.sign()", "* logit.sign()", "test_flows.py"),
     ("no silence around a file", "speech/audio.py", "return self(audio).masked_fill(~inside[:, None], LOG_MEL_FLOOR)", "return self(audio)", "test_audio.py"),
-    ("another clip's linear prediction", "stages/evaluate.py", "model.synthesised(model.residual(other), here)", "model(other)", "test_evaluate.py"),
-    ("trained where untrained is said", "stages/evaluate.py", '("kl_before_training", untrained[name], 1)', '("kl_before_training", model, 1)', "test_evaluate.py"),
+    ("another clip's linear prediction", "evaluation/densities.py", "model.synthesised(model.residual(other), here)", "model(other)", "test_evaluate.py"),
+    ("trained where untrained is said", "evaluation/densities.py", '("kl_before_training", untrained[name], 1)', '("kl_before_training", model, 1)', "test_evaluate.py"),
     ("a young average as slow as an old one", "training/learner.py", "decay = min(decay, step / (step + 10))", "pass", "test_training.py"),
 ]  # fmt: skip
 

@@ -9,11 +9,11 @@ from tests.conftest import one_draw, told
 from tests.test_audio import corpus
 from wavedistill.corpus.segments import dequantise
 from wavedistill.corpus.utterances import read_samples
+from wavedistill.evaluation.densities import DEQUANTISE, DRAW, densities
 from wavedistill.experiment.folder import Experiment
 from wavedistill.models.kinds import build
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import LogMel
-from wavedistill.stages.evaluate import DEQUANTISE, DRAW, densities
 from wavedistill.tools.random import random_stream
 from wavedistill.training.losses import negative_log_likelihood
 
@@ -26,10 +26,11 @@ def test_a_likelihood_is_that_of_every_sample_dequantised(tmp_path: Path, tiny: 
     generator = torch.Generator().manual_seed(0)
     for network in (*teacher.networks, *student.networks):
         network.head.weight.copy_(0.3 * torch.randn(network.head.weight.shape, generator=generator))
-    measured = densities(experiment, {"teacher": teacher, "student": student}, clips)
+    waves = [read_samples(experiment.audio, clip) for clip in clips]
+    measured = densities(tiny, {"teacher": teacher, "student": student}, {}, waves, experiment.device)
     found = measured["models"]["teacher"]
 
-    waves = [read_samples(experiment.audio, clip)[None] for clip in clips]
+    waves = [wave[None] for wave in waves]
     mels = [told(tiny, LogMel(tiny.audio).of_file(wave, teacher.margin)) for wave in waves]
     noisy = [dequantise(wave, [random_stream(tiny.seed, DEQUANTISE, i)]) for i, wave in enumerate(waves)]
     assert all(not torch.equal(a, b) for a, b in zip(waves, noisy, strict=True))

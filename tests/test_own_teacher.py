@@ -19,6 +19,7 @@ from tests.test_audio import corpus
 from tests.test_losses import density_parameters
 from wavedistill.corpus.segments import Batch, Segments
 from wavedistill.corpus.utterances import read_samples
+from wavedistill.evaluation.densities import DRAW, densities
 from wavedistill.experiment.folder import Experiment
 from wavedistill.models.checkpoint import load_model, save_model
 from wavedistill.models.kinds import build
@@ -28,7 +29,6 @@ from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import LogMel
 from wavedistill.speech.pitch import PITCH_CONTEXT
 from wavedistill.stages import stages_of
-from wavedistill.stages.evaluate import DRAW, densities
 from wavedistill.tools.errors import RecipeError
 from wavedistill.tools.random import random_stream
 from wavedistill.training.distillation import Distillation, FromDensity, distillation_task
@@ -225,8 +225,10 @@ def test_a_model_of_this_package_is_a_density_like_any_other(
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     assert found > 0.1
 
-    density = densities(experiment, {"student": student}, manifest.utterances)["models"]["student"]
-    clip = read_samples(experiment.audio, manifest.utterances[0])
+    clips = [read_samples(experiment.audio, utterance) for utterance in manifest.utterances]
+    teachers = {"student": experiment.teacher("student")}
+    density = densities(recipe, {"student": student}, teachers, clips, experiment.device)["models"]["student"]
+    clip = clips[0]
     mel = told(recipe, LogMel(recipe.audio).of_file(clip[None], student.margin))
     draws = student.base.noise((recipe.evaluate.kl_draws, len(clip)), random_stream(recipe.seed, DRAW, 0))
     expected = sum(one_draw(student(mel), teacher(mel), z[None])[0].item() for z in draws) / len(draws)

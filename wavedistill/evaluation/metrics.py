@@ -12,7 +12,7 @@ import torchaudio
 from torch import Tensor
 
 from wavedistill.recipe.sections import Audio
-from wavedistill.speech.audio import LOG_MEL_FLOOR, LogMel, mel_filters, pad_frames, rms_db
+from wavedistill.speech.audio import LogMel, rms_db
 
 PESQ_SAMPLE_RATE = 16000
 
@@ -154,21 +154,6 @@ def periodicity(reference: Tensor, synthesised: Tensor, settings: Audio) -> floa
         slack = max(1, period // 20)
         values.append(float(row[period - slack : period + slack + 1].max()))
     return float(np.mean(values)) if values else None
-
-
-def griffin_lim(log_mel: Tensor, settings: Audio, iterations: int = 60) -> Tensor:
-    """Speech (F * hop) from log-mel (n_mels, F) without a model: pseudo-inverse filterbank, then Griffin-Lim phases.
-
-    What a user has for nothing; a vocoder has to beat it. Starts from a fixed phase, so that it is reproducible.
-    """
-    # Frames here are centred on hops, librosa's on their borders: one more frame on either side, then half a hop off.
-    mel = pad_frames(log_mel, 1).exp().where(pad_frames(log_mel, 1) > LOG_MEL_FLOOR, 0.0).numpy()
-    magnitude = np.maximum(np.linalg.pinv(mel_filters(settings).T.numpy()) @ mel, 0)
-    audio = librosa.griffinlim(
-        magnitude, n_iter=iterations, hop_length=settings.hop_length, n_fft=settings.n_fft, random_state=0
-    )
-    start, length = settings.hop_length // 2, log_mel.shape[1] * settings.hop_length
-    return torch.from_numpy(audio[start : start + length].astype(np.float32))
 
 
 def _pyin(audio: Tensor, settings: Audio) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from wavedistill.models.compiling import compiler
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.loading import validate_recipe
 from wavedistill.recipe.recipe import Recipe
-from wavedistill.stages.report import crossover_plot, speed_plot
+from wavedistill.reporting.plots import crossover_plot, speed_plot
 from wavedistill.tools.machine import watch_others
 
 CPU = torch.device("cpu")

@@ -8,14 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from wavedistill.benchmarking.rows import (
-    copy_ceiling,
-    disturbance,
-    matrix_product_ceiling,
-    peak_memory,
-    quartiles,
-    seconds_of,
-)
+from wavedistill.benchmarking.rows import copy_ceiling, matrix_product_ceiling, peak_memory, seconds_of, timed
 from wavedistill.benchmarking.words import PARALLEL
 from wavedistill.corpus.utterances import read_samples
 from wavedistill.experiment.folder import Experiment
@@ -28,7 +21,6 @@ from wavedistill.sampling import sequential
 from wavedistill.sampling.streaming import stream
 from wavedistill.speech.audio import LogMel
 from wavedistill.speech.conditioning import Conditioning
-from wavedistill.tools.machine import watch_others
 from wavedistill.tools.random import random_stream
 
 SOLVERS: dict[str, sequential.Solver] = {
@@ -121,18 +113,16 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
     draw = _sampler(experiment, model, job)
     # The first call compiles or loads what is compiled, and warms up.
     setup, later = (seconds_of(functools.partial(draw, WARMUP), device) for _ in range(2))
-    seconds: list[float] = []
-    others = watch_others()
-    while not seconds or (
-        sum(seconds) < MAX_SECONDS and (len(seconds) < recipe.benchmark.repeats or sum(seconds) < MIN_SECONDS)
-    ):
-        seconds.append(seconds_of(draw, device))
-    used_by_others = others()
-    peak = peak_memory(device)  # before the ceilings, which take memory too
-    median = statistics.median(seconds)
+
+    def enough(seconds: list[float]) -> bool:
+        several = len(seconds) >= recipe.benchmark.repeats and sum(seconds) >= MIN_SECONDS
+        return bool(seconds) and (several or sum(seconds) >= MAX_SECONDS)
+
+    times = timed(lambda _: draw(), device, job.threads, enough)
+    peak, median = peak_memory(device), times["seconds_median"]  # before the ceilings, which take memory too
     # A pass has no first samples before its last.
-    begin, times = functools.partial(draw, 1), 0 if job.sampler == "parallel" else recipe.benchmark.repeats
-    first = statistics.median([seconds_of(begin, device) for _ in range(times)] or [median])
+    begin, repeats = functools.partial(draw, 1), 0 if job.sampler == "parallel" else recipe.benchmark.repeats
+    first = statistics.median([seconds_of(begin, device) for _ in range(repeats)] or [median])
     drawn = job.batch_size * job.num_samples
     speed, ceiling = drawn / median, matrix_product_ceiling(model, device)
     row = {
@@ -143,11 +133,7 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
         "batch_size": job.batch_size,
         "num_samples": job.num_samples,
         "trained": job.layers is None,
-        "seconds_median": median,
-        "seconds_quartiles": quartiles(seconds),
-        "seconds_all": seconds,
-        "cpus_used_by_others": used_by_others,
-        "disturbed": disturbance(quartiles(seconds), used_by_others, job.threads),
+        **times,
         "samples_per_second": speed,
         "times_real_time": speed / recipe.audio.sample_rate,
         "setup_seconds": max(0.0, setup - later),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from wavedistill.models.waveform import WaveformModel
+from wavedistill.tools.machine import watch_others
 from wavedistill.tools.memory import keep_freed_memory
 
 CEILING_REPEATS = 20
@@ -46,6 +47,24 @@ def disturbance(quartiles: list[float], others: float | None, threads: int) -> s
     if _spread(quartiles) > MOST_SPREAD:
         return f"half of the runs lie {_spread(quartiles):.1f} times apart"
     return None
+
+
+def timed(
+    call: Callable[[int], object], device: torch.device, threads: int, enough: Callable[[list[float]], bool]
+) -> dict[str, Any]:
+    """How long a call of a number, from 0 on, takes until its times are enough, and whether they are to be trusted."""
+    seconds: list[float] = []
+    others = watch_others()
+    while not enough(seconds):
+        seconds.append(seconds_of(functools.partial(call, len(seconds)), device))
+    used_by_others = others()
+    return {
+        "seconds_median": statistics.median(seconds),
+        "seconds_quartiles": quartiles(seconds),
+        "seconds_all": seconds,
+        "cpus_used_by_others": used_by_others,
+        "disturbed": disturbance(quartiles(seconds), used_by_others, threads),
+    }
 
 
 def quartiles(seconds: list[float]) -> list[float]:

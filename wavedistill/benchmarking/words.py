@@ -38,6 +38,16 @@ def summarise(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def of_trainings(rows: list[dict[str, Any]]) -> list[str]:
+    """What the rows of trainings mean, in words."""
+    return [
+        f"{counted(row['threads'])}: the training of the {row['model']} takes {row['samples_per_second']:,.0f} "
+        f"samples/s, {100 * row['share_of_ceiling']:.0f} % of the ceiling; {100 * row['share_of_loading']:.1f} % of "
+        f"its time loads data.{caution(row)}"
+        for row in rows
+    ]
+
+
 def caution(row: dict[str, Any]) -> str:
     """What is to be said beside a disturbed row."""
     return f" (disturbed: {row['disturbed']})" if row["disturbed"] else ""

@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from typer import BadParameter
 
 from tests.conftest import RECIPES, REPOSITORY, changed, write_voice
-from wavedistill.cli import _device, main
+from wavedistill.cli import main
+from wavedistill.cli.arguments import device_of
 from wavedistill.corpus.utterances import Manifest
 from wavedistill.models import checkpoint
 from wavedistill.recipe.recipe import Recipe
@@ -204,7 +205,7 @@ def test_each_process_of_a_machine_takes_a_gpu_and_finds_it_again(monkeypatch: p
     assert all(isinstance(strategy, DDPStrategy) for strategy in strategies)
     assert all(not strategy._ddp_kwargs["broadcast_buffers"] for strategy in strategies), "they are constants"
     with pytest.raises(BadParameter, match="try cuda"):
-        _device("cuda:1")
+        device_of("cuda:1")
 
 
 def test_a_waveform_is_one_process_s_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,23 +1,28 @@
-"""The command line `wavedistill`. It answers for itself before it imports what computes."""
+"""The commands."""
 
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from wavedistill import __version__
+from wavedistill.cli.arguments import (
+    Device,
+    Overrides,
+    RecipePath,
+    Root,
+    Threads,
+    between,
+    device_of,
+    experiment_of,
+    known,
+    threads_of,
+)
 from wavedistill.tools.errors import AudioError, RecipeError, UserError
-
-if TYPE_CHECKING:
-    import torch
-
-    from wavedistill.experiment.folder import Experiment
-
-MOST_THREADS = 1024
 
 
 class Commands(TyperGroup):
@@ -52,24 +57,6 @@ Examples:
 """,
 )
 
-RecipePath = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="The TOML file that describes the experiment, or a shipped one's name.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. `training.teacher.steps=500`; repeatable."),
-]
-Root = Annotated[Path, typer.Option("--exp", metavar="DIR", help="The folder that holds the experiments' folders.")]
-Device = Annotated[
-    str, typer.Option(metavar="DEVICE", help="`auto` takes a CUDA GPU if there is one; or `cpu`, `cuda`, `cuda:1`.")
-]
-Threads = Annotated[
-    str,
-    typer.Option(
-        metavar="N", help="Threads of the CPU; `auto` measures which number is faster, and keeps a training's."
-    ),
-]
-
 
 @app.command()
 def run(
@@ -85,7 +72,7 @@ def run(
 
     To run a stage again all the same, delete the file it wrote.
     """
-    _run(lambda names: _between(names, first, last), recipe, overrides, root, device, threads)
+    _run(lambda names: between(names, first, last), recipe, overrides, root, device, threads)
 
 
 @app.command()
@@ -113,7 +100,7 @@ def _single(names: list[str]) -> Callable[..., None]:
         device: Device = "auto",
         threads: Threads = "auto",
     ) -> None:
-        _run(lambda known: [_known(name, known) for name in names], recipe, overrides, root, device, threads)
+        _run(lambda every: [known(name, every) for name in names], recipe, overrides, root, device, threads)
 
     return command
 
@@ -162,7 +149,7 @@ def benchmark(
     train: Annotated[bool, typer.Option("--train", help="Steps of the trainings, in a table beside.")] = False,
 ) -> None:
     """Time the samplers of a recipe's models: naive, cached, compiled or graphed; parallel, streamed, fused."""
-    experiment = _experiment(recipe, overrides, root, device, threads)
+    experiment = experiment_of(recipe, overrides, root, device, threads)
     from wavedistill.experiment.stage import run_stage
     from wavedistill.stages import benchmark as benchmarks
 
@@ -214,7 +201,7 @@ def generate(
 
     if processes() > 1:
         raise UserError("generate: run it without torchrun: one process does it alone")
-    vocoder, wanted_threads = load(checkpoint, _device(device)), _threads(threads)
+    vocoder, wanted_threads = load(checkpoint, device_of(device)), threads_of(threads)
     for name, wanted in (("--fused", fused), ("--bf16", bf16)):
         if wanted and not vocoder.model.draws_in_parallel:
             raise typer.BadParameter(f"{name}: is for parallel models, and {checkpoint} draws sample by sample")
@@ -256,7 +243,7 @@ def _run(
     threads: str,
 ) -> None:
     """Run some of a recipe's stages, chosen from the names of all."""
-    experiment = _experiment(recipe, overrides, root, device, threads, chosen)
+    experiment = experiment_of(recipe, overrides, root, device, threads, chosen)
     from wavedistill.experiment.stage import run_stage
     from wavedistill.stages import stages_of
     from wavedistill.tools.engine import launch
@@ -264,68 +251,6 @@ def _run(
     stages = stages_of(experiment.recipe)
     for name in chosen(list(stages)):
         launch(experiment.device).print(run_stage(stages[name], experiment))  # the first of several processes
-
-
-def _known(name: str, names: list[str]) -> str:
-    if name not in names:
-        raise typer.BadParameter(f"{name}: no stage of this recipe; there are {', '.join(names)}")
-    return name
-
-
-def _between(names: list[str], first: str, last: str) -> list[str]:
-    begin, end = (names.index(_known(name, names)) for name in (first, last))
-    if begin > end:
-        raise typer.BadParameter(f"--from {first} comes after --until {last}; the order is {', '.join(names)}")
-    return names[begin : end + 1]
-
-
-def _experiment(
-    path: str,
-    overrides: list[str] | None,
-    root: Path,
-    device: str,
-    threads: str,
-    chosen: Callable[[list[str]], list[str]] = list,
-) -> "Experiment":
-    """The experiment that a command is about; what is wrong in the command is said before anything slow is imported."""
-    from wavedistill.recipe.loading import load_recipe
-
-    recipe, number = load_recipe(path, overrides or []), _threads(threads)
-    chosen(["prepare", *recipe.training, "evaluate", "benchmark", "report"])
-    from wavedistill.experiment.folder import Experiment
-    from wavedistill.tools.engine import launch
-
-    return Experiment(recipe, root / recipe.name, launch(_device(device)).device, number)
-
-
-def _threads(number: str) -> int | None:
-    if number == "auto":
-        return None
-    if not number.isdecimal() or not 1 <= int(number) <= MOST_THREADS:
-        raise typer.BadParameter(f"--threads {number}: give auto, or a number from 1 to {MOST_THREADS}")
-    return int(number)
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    from wavedistill.tools.engine import processes
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise typer.BadParameter(f"--device {name}: not a device; try cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"--device {name}: not supported; try cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise typer.BadParameter(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; try cpu")
-    if device.index is not None and processes() > 1:
-        raise typer.BadParameter(
-            f"--device {name}: of several processes each takes a GPU of its own; try {device.type}"
-        )
-    return device
 
 
 def _version(wanted: bool) -> None:
@@ -341,27 +266,3 @@ def common(
     ] = False,
 ) -> None:
     """Options of every command."""
-
-
-def main() -> None:
-    """Entry point: a user's mistake ends in one clear message, 2 for usage and recipes, 1 for everything else."""
-    from wavedistill.tools.memory import keep_freed_memory
-
-    keep_freed_memory()
-    try:
-        app()
-    except SystemExit as ended:
-        if not ended.code and "torch" in sys.modules:
-            from wavedistill.tools.engine import leave
-
-            leave()
-        raise
-    except RecipeError as error:
-        sys.exit(_fail(error, 2))
-    except (UserError, OSError) as error:  # a disk that is full or not ours to write is no fault of the program
-        sys.exit(_fail(error, 1))
-
-
-def _fail(error: Exception, code: int) -> int:
-    typer.echo(f"wavedistill: {error}", err=True)
-    return code

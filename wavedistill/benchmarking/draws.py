@@ -67,9 +67,8 @@ def jobs(recipe: Recipe, device: torch.device, lengths: Iterable[tuple[int, floa
                     for sampler in samplers
                 ]
             elif isinstance(kind, Maf):
-                fast: Sequential | None = "compiled" if device.type == "cpu" else "graphed"
-                if fast == "graphed" and kind.components > 1:
-                    fast = None
+                graphed: Sequential | None = "graphed" if kind.components == 1 else None
+                fast: Sequential | None = "compiled" if device.type == "cpu" else graphed
                 found.append(Job(name, "naive", count, 1, recipe.benchmark.naive_samples))
                 for batch_size, seconds in lengths:
                     few = _samples(recipe, min(seconds, MOST_CACHED_SECONDS))
@@ -145,7 +144,8 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
         "peak_memory_bytes": peak,
     }
     if job.sampler not in PARALLEL:
-        row["weight_bytes_per_sample"] = _weight_bytes(model) / job.batch_size
+        weights = [weight for net in model.networks for weight in net.parameters()]
+        row["weight_bytes_per_sample"] = sum(weight.nbytes for weight in weights) / job.batch_size
     if job.sampler == "naive":
         row["note"] = (
             f"timed {job.num_samples} samples only, past the first receptive field, where the cost is constant"
@@ -222,7 +222,3 @@ def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable
         sequential.sample(model(told), noise[:, :end], solver)
 
     return draw
-
-
-def _weight_bytes(model: WaveformModel) -> int:
-    return sum(weight.nbytes for net in model.networks for weight in net.parameters())

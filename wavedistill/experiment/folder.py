@@ -85,17 +85,14 @@ class Experiment:
         if isinstance(asked, OwnModel):  # which the recipe may name, and a checkpoint may not
             imported(asked.kind, f"models.{name}.kind")
         loaded = load_model(self.checkpoint(name), self.device)
-        for section in SHARED:
-            if getattr(loaded.recipe, section) != getattr(self.recipe, section):
-                raise self._other(name, section)
+        others = [section for section in SHARED if getattr(loaded.recipe, section) != getattr(self.recipe, section)]
         if loaded.recipe.models[loaded.name] != asked:
-            raise self._other(name, f"models.{name}")
+            others.append(f"models.{name}")
+        if others:
+            raise CheckpointError(
+                f"{self.checkpoint(name)}: its [{others[0]}] is not the recipe's: run the {name} stage again"
+            )
         return loaded.model
-
-    def _other(self, name: str, section: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.checkpoint(name)}: its [{section}] is not the recipe's: run the {name} stage again"
-        )
 
     def teacher(self, name: str) -> WaveformModel | Teacher | None:
         """What a model is distilled from: a trained model, or what the recipe's import path gives; or nothing.

@@ -33,12 +33,10 @@ def build(recipe: Recipe, name: str, seed: int) -> WaveformModel:
 
 def maf(settings: Maf, recipe: Recipe) -> WaveformModel:
     """A masked autoregressive flow, then the last transform of the recipe."""
-    base = BASES[settings.base]
     elementwise: Elementwise = Affine(settings.min_log_scale)
     if settings.components > 1:
-        # A mixture of copies of the base, made of logistic noise.
-        elementwise = MixtureCdf(base, settings.components, settings.min_log_scale)
-        base = BASES["logistic"]
+        elementwise = MixtureCdf(BASES[settings.base], settings.components, settings.min_log_scale)
+    base = BASES[settings.noise]
     network = _network(recipe, settings, settings.layers, elementwise)
     _start_at_unit_variance(network, elementwise, base)
     return around([Autoregressive(network, "x", elementwise)], base, recipe, source=False)
@@ -100,10 +98,7 @@ def _network(
 ) -> WaveNet:
     return WaveNet(
         layers=layers,
-        dilation_cycle=settings.network.dilation_cycle,
-        kernel_size=settings.network.kernel_size,
-        channels=settings.network.channels,
-        skip_channels=settings.network.skip_channels,
+        **settings.network.model_dump(),
         out_channels=elementwise.outputs,
         feature_channels=recipe.conditioning.channels,
         repeat=recipe.conditioning.upsample[-1],

@@ -102,11 +102,7 @@ class WaveNet(nn.Module):
         return 1 + (self.kernel_size - 1) * sum(self.dilations)
 
     def forward(
-        self,
-        x: Tensor,
-        features: Tensor | None = None,
-        source: Tensor | None = None,
-        state: WaveNetState | None = None,
+        self, x: Tensor, features: Tensor | None = None, source: Tensor | None = None, state: WaveNetState | None = None
     ) -> Tensor:
         """Outputs (B, T, out_channels) for every t of x (B, T).
 

@@ -45,7 +45,7 @@ class Maf(Section):
 
     @property
     def noise(self) -> str:
-        """The distribution of its noise; a mixture's is logistic."""
+        """The distribution of its noise; a mixture of copies of the base is made of logistic noise."""
         return "logistic" if self.components > 1 else self.base
 
 

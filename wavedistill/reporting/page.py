@@ -15,10 +15,7 @@ from wavedistill.evaluation.verdict import in_words
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.reporting.plots import crossover_plot, speed_plot
 
-BASELINES = {
-    "griffin_lim": "Griffin-Lim (no model)",
-    "whisper": "Noise through linear prediction (a whisper)",
-}
+BASELINES = {"griffin_lim": "Griffin-Lim (no model)", "whisper": "Noise through linear prediction (a whisper)"}
 SCORES = {
     "pesq_wb": ("PESQ-wb", "1 to 4.6, higher is better", 2),
     "stoi": ("STOI", "0 to 1, higher is better", 3),

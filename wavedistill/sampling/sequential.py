@@ -24,11 +24,7 @@ Solver = Callable[[Autoregressive, Tensor, tuple[Tensor | None, ...], str | None
 
 
 def naive(
-    flow: Autoregressive,
-    given: Tensor,
-    context: tuple[Tensor | None, ...],
-    label: str | None = None,
-    start: int = 0,
+    flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None, start: int = 0
 ) -> Tensor:
     """The sequential direction of one flow, by running the network over its receptive field again for every sample.
 

@@ -128,11 +128,4 @@ def _outputs(experiment: Experiment) -> list[Path]:
 
 def stage() -> Stage:
     """The stage of any recipe."""
-    return Stage(
-        name="prepare",
-        needs=(),
-        settings=_settings,
-        inputs=lambda experiment: [],
-        outputs=_outputs,
-        run=run,
-    )
+    return Stage(name="prepare", needs=(), settings=_settings, inputs=lambda experiment: [], outputs=_outputs, run=run)

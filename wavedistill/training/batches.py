@@ -60,14 +60,7 @@ class Batches:
                 f"{math.ceil(settings.batch_size / shares) * shares}"
             )
         self.train, self.valid = (
-            Segments(
-                manifest,
-                audio_folder,
-                split,
-                frames=settings.segment_frames,
-                margin=margin,
-                device=fabric.device,
-            )
+            Segments(manifest, audio_folder, split, frames=settings.segment_frames, margin=margin, device=fabric.device)
             for split in ("train", "valid")
         )
 

@@ -1,6 +1,6 @@
 """Distillation: what a student is told about its teacher and about the recording, as named terms."""
 
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from wavedistill.training.losses import (
     spectral_distance,
 )
 from wavedistill.training.task import Task, Terms
+
+Known = TypeVar("Known")
+"""The kind of a teacher."""
 
 
 class Teacher(Protocol):
@@ -62,19 +65,20 @@ def distillation_task(recipe: Recipe, name: str, teacher: WaveformModel | Teache
     return Task(name, settings, terms, settings.loss.weights, draw, given)
 
 
-class Objective:
+class Objective(Generic[Known]):
     """What is common to distillation from any teacher: spectral distances of the student's waveform.
 
     Args:
+        teacher: frozen; gradients pass through it to the student's sample.
         recipe: of the experiment.
         name: of the training.
         device: of the batches.
     """
 
-    def __init__(self, recipe: Recipe, name: str, device: torch.device) -> None:
+    def __init__(self, teacher: Known, recipe: Recipe, name: str, device: torch.device) -> None:
         settings = recipe.training[name]
         assert isinstance(settings, Settings)
-        self.name, self.loss, self.n_ffts = name, settings.loss, settings.spectral_n_ffts
+        self.teacher, self.name, self.loss, self.n_ffts = teacher, name, settings.loss, settings.spectral_n_ffts
         self.filters = log_mel_filters(recipe, self.n_ffts, device) if self.loss.log_mel else {}
 
     def spectra(self, x: Tensor, recorded: Tensor) -> dict[str, Tensor]:
@@ -87,23 +91,13 @@ class Objective:
         return found
 
 
-class Distillation(Objective):
+class Distillation(Objective[WaveformModel]):
     """The terms of a recipe's loss that have a weight, for a student and a batch.
 
     Both are given the log-mel alone, as whoever uses the student has it, and predict F0 from it by the same network,
     whose errors matter less than those of a tracker. They end in the same transform of the residual, under which a KL
     is invariant: the densities are compared on the residual, spectra on the waveform.
-
-    Args:
-        teacher: the trained teacher, frozen; gradients pass through it to the student's sample.
-        recipe: of the experiment.
-        name: of the training.
-        device: of the batches.
     """
-
-    def __init__(self, teacher: WaveformModel, recipe: Recipe, name: str, device: torch.device) -> None:
-        super().__init__(recipe, name, device)
-        self.teacher = teacher
 
     def terms(self, student: WaveformModel, batch: Batch, streams: Streams) -> Terms:
         """The mean of each term that has a weight, and of the KL; all randomness comes from the items' streams."""
@@ -153,21 +147,11 @@ class Distillation(Objective):
         return one_draw_kl(log_q, p, x)
 
 
-class FromDensity(Objective):
+class FromDensity(Objective[Teacher]):
     """The same from a teacher whose log_prob alone is known: the KL from one draw, on the waveform.
 
     The student is given F0 as it was tracked, and its own predictor of F0 learns beside it.
-
-    Args:
-        teacher: conditioning -> density.
-        recipe: of the experiment.
-        name: of the training.
-        device: of the batches.
     """
-
-    def __init__(self, teacher: Teacher, recipe: Recipe, name: str, device: torch.device) -> None:
-        super().__init__(recipe, name, device)
-        self.teacher = teacher
 
     def terms(self, student: WaveformModel, batch: Batch, streams: Streams) -> Terms:
         """The mean of each term that has a weight, of the KL, and of the F0 predictor's loss.

@@ -260,8 +260,12 @@ def test_both_ways_to_sample_a_mixture_agree_with_its_distribution_function(base
     mixture = MixtureCdf(BASES[base], 3, -5.0)
     parameters = tuple(p.expand(count, -1) for p in mixture_parameters(3, spread=2))
     through_cdf, _ = mixture.to_x(BASES["logistic"].noise((count,), generator).double(), *parameters)
+    # Without the inverse: first the component, then its value.
+    weights, shift, log_scale = parameters
     choice = torch.rand(count, generator=generator, dtype=torch.float64)
-    by_component = mixture.by_component(choice, BASES[base].noise((count,), generator).double(), *parameters)
+    k = (choice[:, None] > weights.softmax(-1).cumsum(-1)).sum(-1, keepdim=True).clamp_max(2)
+    of_component = BASES[base].noise((count,), generator).double()[:, None]
+    by_component = (shift.gather(-1, k) + log_scale.gather(-1, k).exp() * of_component)[:, 0]
     for draws in (through_cdf, by_component):
         uniform = mixture.to_z(draws, *parameters)[0].sigmoid().sort().values
         distance = (uniform - (torch.arange(count) + 0.5) / count).abs().max()

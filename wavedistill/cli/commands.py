@@ -10,18 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from wavedistill import __version__
-from wavedistill.cli.arguments import (
-    Device,
-    Overrides,
-    RecipePath,
-    Root,
-    Threads,
-    between,
-    device_of,
-    experiment_of,
-    known,
-    threads_of,
-)
+from wavedistill.cli import arguments as given
 from wavedistill.tools.errors import AudioError, RecipeError, UserError
 
 
@@ -60,19 +49,19 @@ Examples:
 
 @app.command()
 def run(
-    recipe: RecipePath,
+    recipe: given.RecipePath,
     first: Annotated[str, typer.Option("--from", metavar="STAGE", help="The first stage to run.")] = "prepare",
     last: Annotated[str, typer.Option("--until", metavar="STAGE", help="The last stage to run.")] = "report",
-    overrides: Overrides = None,
-    root: Root = Path("exp"),
-    device: Device = "auto",
-    threads: Threads = "auto",
+    overrides: given.Overrides = None,
+    root: given.Root = Path("exp"),
+    device: given.Device = "auto",
+    threads: given.Threads = "auto",
 ) -> None:
     """Run the stages of a recipe in order; those whose inputs and settings have not changed do nothing.
 
     To run a stage again all the same, delete the file it wrote.
     """
-    _run(lambda names: between(names, first, last), recipe, overrides, root, device, threads)
+    _run(lambda names: given.between(names, first, last), recipe, overrides, root, device, threads)
 
 
 @app.command()
@@ -92,15 +81,15 @@ def new(
     typer.echo(f"{path}: say in [corpus] where your recordings are; then: wavedistill run {path}")
 
 
-def _single(names: list[str]) -> Callable[..., None]:
+def _single(name: str) -> Callable[..., None]:
     def command(
-        recipe: RecipePath,
-        overrides: Overrides = None,
-        root: Root = Path("exp"),
-        device: Device = "auto",
-        threads: Threads = "auto",
+        recipe: given.RecipePath,
+        overrides: given.Overrides = None,
+        root: given.Root = Path("exp"),
+        device: given.Device = "auto",
+        threads: given.Threads = "auto",
     ) -> None:
-        _run(lambda every: [known(name, every) for name in names], recipe, overrides, root, device, threads)
+        _run(lambda every: [given.known(name, every)], recipe, overrides, root, device, threads)
 
     return command
 
@@ -118,7 +107,7 @@ def _recipe(word: str) -> bool:
 def _only(name: str) -> typer.Typer:
     """A command for one training, whose name only its recipe knows."""
     single = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-    single.command(name, help=f"The training of a recipe that is called {name}.")(_single([name]))
+    single.command(name, help=f"The training of a recipe that is called {name}.")(_single(name))
     return single
 
 
@@ -130,16 +119,16 @@ SINGLE = {
     "report": "Show the experiment on one self-contained page: sound, spectrograms, losses, speed and scores.",
 }
 for _name, _help in SINGLE.items():
-    app.command(_name, help=_help, rich_help_panel="Single stages")(_single([_name]))
+    app.command(_name, help=_help, rich_help_panel="Single stages")(_single(_name))
 
 
 @app.command(rich_help_panel="Single stages")
 def benchmark(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    root: Root = Path("exp"),
-    device: Device = "auto",
-    threads: Threads = "auto",
+    recipe: given.RecipePath,
+    overrides: given.Overrides = None,
+    root: given.Root = Path("exp"),
+    device: given.Device = "auto",
+    threads: given.Threads = "auto",
     full: Annotated[
         bool,
         typer.Option(
@@ -149,7 +138,7 @@ def benchmark(
     train: Annotated[bool, typer.Option("--train", help="Steps of the trainings, in a table beside.")] = False,
 ) -> None:
     """Time the samplers of a recipe's models: naive, cached, compiled or graphed; parallel, streamed, fused."""
-    experiment = experiment_of(recipe, overrides, root, device, threads)
+    experiment = given.experiment_of(recipe, overrides, root, device, threads)
     from wavedistill.experiment.stage import run_stage
     from wavedistill.stages import benchmark as benchmarks
 
@@ -181,8 +170,8 @@ def generate(
     bf16: Annotated[
         bool, typer.Option("--bf16", help="A parallel model's networks in bfloat16, for GPUs that are faster at it.")
     ] = False,
-    device: Device = "auto",
-    threads: Threads = "auto",
+    device: given.Device = "auto",
+    threads: given.Threads = "auto",
 ) -> None:
     """Draw waveforms from a checkpoint: a teacher sample by sample, a student block by block.
 
@@ -201,7 +190,7 @@ def generate(
 
     if processes() > 1:
         raise UserError("generate: run it without torchrun: one process does it alone")
-    vocoder, wanted_threads = load(checkpoint, device_of(device)), threads_of(threads)
+    vocoder, wanted_threads = load(checkpoint, given.device_of(device)), given.threads_of(threads)
     for name, wanted in (("--fused", fused), ("--bf16", bf16)):
         if wanted and not vocoder.model.draws_in_parallel:
             raise typer.BadParameter(f"{name}: is for parallel models, and {checkpoint} draws sample by sample")
@@ -243,7 +232,7 @@ def _run(
     threads: str,
 ) -> None:
     """Run some of a recipe's stages, chosen from the names of all."""
-    experiment = experiment_of(recipe, overrides, root, device, threads, chosen)
+    experiment = given.experiment_of(recipe, overrides, root, device, threads, chosen)
     from wavedistill.experiment.stage import run_stage
     from wavedistill.stages import stages_of
     from wavedistill.tools.engine import launch

@@ -195,13 +195,6 @@ class MixtureCdf:
                 break
         return x, -self.to_z(x, *parameters)[1]
 
-    def by_component(self, choice: Tensor, noise: Tensor, *parameters: Tensor) -> Tensor:
-        """Draws of the same density without the inverse, as two draws: uniform in [0, 1), and from the component."""
-        weights, shift, log_scale = parameters
-        borders = weights.softmax(-1).cumsum(-1)
-        k = (choice.unsqueeze(-1) > borders).sum(-1, keepdim=True).clamp_max(weights.shape[-1] - 1)
-        return (shift.gather(-1, k) + log_scale.gather(-1, k).exp() * noise.unsqueeze(-1)).squeeze(-1)
-
 
 class MixtureStep(NamedTuple):
     """A mixture's step in compiled code; the components are normal or else logistic."""

@@ -99,9 +99,7 @@ class WaveformModel(nn.Module):
         cut = audio.shape[1] // told.mel.shape[-1] * told.margin
         return _inside(residual, cut), _inside(ladj, cut)
 
-    def context(
-        self, told: Conditioning, phase: Tensor | None = None
-    ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    def context(self, told: Conditioning, phase: Tensor | None = None) -> tuple[Context, Tensor | None]:
         """Features and source, as every conditioner takes them, and the phase of the source after them.
 
         Args:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavedistill.flows.elementwise import StepConstants, solve_step
-from wavedistill.flows.transforms import Autoregressive
+from wavedistill.flows.transforms import Autoregressive, Context
 from wavedistill.networks.wavenet import WaveNet, WaveNetState
 from wavedistill.sampling.tiles import add_product, add_products, array, exponential, pack
 
@@ -36,7 +36,7 @@ class CompiledLoop:
         ValueError: if the network is not on the CPU.
     """
 
-    def __init__(self, flow: Autoregressive, net: WaveNet, context: tuple[Tensor | None, ...], batch_size: int) -> None:
+    def __init__(self, flow: Autoregressive, net: WaveNet, context: Context, batch_size: int) -> None:
         if net.input.weight.device.type != "cpu":
             raise ValueError(f"the compiled loop runs on the CPU, and the network is on {net.input.weight.device}")
         features, source = (*context, None, None)[:2]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wavedistill.flows.distributions import FlowDistribution
-from wavedistill.flows.transforms import Autoregressive
+from wavedistill.flows.transforms import Autoregressive, Context
 from wavedistill.networks.wavenet import WaveNet, WaveNetState
 from wavedistill.sampling.compiled import CompiledLoop
 from wavedistill.tools.progress import progress
@@ -20,12 +20,10 @@ BLOCK = 4096
 """Steps that the compiled loop takes between two looks at the progress."""
 STEPS_BLOCK = 128
 """Steps that the cached sampler takes on the same buffers, at least."""
-Solver = Callable[[Autoregressive, Tensor, tuple[Tensor | None, ...], str | None], Tensor]
+Solver = Callable[[Autoregressive, Tensor, Context, str | None], Tensor]
 
 
-def naive(
-    flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None, start: int = 0
-) -> Tensor:
+def naive(flow: Autoregressive, given: Tensor, context: Context, label: str | None = None, start: int = 0) -> Tensor:
     """The sequential direction of one flow, by running the network over its receptive field again for every sample.
 
     The reference that every faster solver must equal; never optimised.
@@ -52,16 +50,14 @@ def naive(
     return out
 
 
-def cached(flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None) -> Tensor:
+def cached(flow: Autoregressive, given: Tensor, context: Context, label: str | None = None) -> Tensor:
     """The sequential direction of one flow, one network step a sample on buffers of the past; arguments as `naive`."""
     features, source = _covering(flow, given, context)
     steps = _Steps(flow, len(given), 0 if source is None else source.shape[-1])
     return steps.all(given, features, source, label, steps.run)
 
 
-def graphed(
-    flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None
-) -> Tensor:
+def graphed(flow: Autoregressive, given: Tensor, context: Context, label: str | None = None) -> Tensor:
     """As `cached`, with a block of its steps recorded once as a CUDA graph and replayed: for affine flows on a GPU.
 
     A flow's last recording is kept for as long as the flow lives, and serves again for the same batch size.
@@ -111,18 +107,14 @@ def _record(run: Callable[[], None], device: torch.device) -> Callable[[], None]
     return graph.replay
 
 
-def compiled(
-    flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None
-) -> Tensor:
+def compiled(flow: Autoregressive, given: Tensor, context: Context, label: str | None = None) -> Tensor:
     """The sequential direction of one flow in a compiled loop, on the CPU; arguments as in `naive`."""
     loop = CompiledLoop(flow, conditioner_of(flow), _covering(flow, given, context), len(given))
     blocks = [loop(given[:, t : t + BLOCK]) for t in _steps(0, given.shape[1], label, BLOCK)]
     return torch.cat(blocks, 1)
 
 
-def fastest(
-    flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...], label: str | None = None
-) -> Tensor:
+def fastest(flow: Autoregressive, given: Tensor, context: Context, label: str | None = None) -> Tensor:
     """The sequential direction of one flow by the fastest solver of its device; arguments as in `naive`."""
     if given.device.type == "cpu":
         return compiled(flow, given, context, label)
@@ -239,9 +231,7 @@ class _Steps:
         return out
 
 
-def _covering(
-    flow: Autoregressive, given: Tensor, context: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, Tensor | None]:
+def _covering(flow: Autoregressive, given: Tensor, context: Context) -> tuple[Tensor | None, Tensor | None]:
     """Features and source of a context, if there are enough for the known side (B, T).
 
     Raises:

@@ -124,11 +124,8 @@ def fit(
             if not math.isfinite(norm):
                 log.log_metrics({"train/skipped_steps": state.skipped}, state.step)
                 if state.skipped_in_a_row >= MOST_SKIPPED:
-                    raise _diverged(
-                        f"the gradient was not finite {MOST_SKIPPED} steps in a row, up to step {state.step}",
-                        task,
-                        folder,
-                    )
+                    why = f"the gradient was not finite {MOST_SKIPPED} steps in a row, up to step {state.step}"
+                    raise _diverged(why, task, folder)
             elif state.step % LOG_EVERY == 0:
                 values = mean_over_processes(fabric, [terms])
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)

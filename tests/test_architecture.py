@@ -78,7 +78,7 @@ def test_flows_know_neither_audio_nor_networks() -> None:
         (r"\[[^\]\n]*:-1[\],]", "networks"),  # the causal shift
         (r"\.step\(previous|out\[:, t\]", "sampling models"),  # the loops over time; models hand a step on
         (r"\bnjit\b", "flows speech sampling"),  # steps and recurrences in compiled code
-        (r"soundfile\.(?!SoundFileError)", "speech corpus evaluation stages"),  # file formats
+        (r"soundfile\.(?!SoundFileError)", "speech corpus stages"),  # file formats
         (r"\btomllib\b", "recipe"),
     ],
 )

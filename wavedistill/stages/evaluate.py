@@ -34,7 +34,6 @@ def run(experiment: Experiment) -> str:
     limit = int(recipe.evaluate.max_seconds * recipe.audio.sample_rate) // recipe.audio.hop_length
     heard = [clip[: limit * recipe.audio.hop_length] for clip in clips[: recipe.evaluate.clips]]
     scores = score(experiment, test[: len(heard)], synthesise(recipe, models, heard, device))
-    tracked = [read_f0(experiment.audio, utterance) for utterance in test]
     synthesis = {system: mean(each) for system, each in scores.items()}
     judged = [name for name, model in models.items() if model.draws_in_parallel]
     compared = {name: against_untrained(synthesis, name) for name in judged}
@@ -47,7 +46,7 @@ def run(experiment: Experiment) -> str:
         "against_untrained": compared,
         "gates": found,
         "pitch_from_mel": {
-            name: pitch_from_mel(model.pitch, recipe.audio, clips, tracked, device)
+            name: pitch_from_mel(model.pitch, recipe.audio, clips, [read_f0(experiment.audio, u) for u in test], device)
             for name, model in models.items()
             if model.pitch is not None
         },

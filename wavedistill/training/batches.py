@@ -71,14 +71,9 @@ class Batches:
     @torch.no_grad()
     def validate(self, model: WaveformModel) -> dict[str, float]:
         """Mean terms over the same segments and the same noise each time."""
-        return mean_over_processes(
-            self.fabric,
-            [
-                self.task.terms(model, *part)
-                for number in range(self.task.settings.validate_batches)
-                for part in self._parts(self.valid, VALID, number)
-            ],
-        )
+        numbers = range(self.task.settings.validate_batches)
+        parts = (part for number in numbers for part in self._parts(self.valid, VALID, number))
+        return mean_over_processes(self.fabric, [self.task.terms(model, *part) for part in parts])
 
     def heard(self) -> Heard:
         """What the model is trained on, by some segments."""

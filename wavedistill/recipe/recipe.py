@@ -10,6 +10,7 @@ from wavedistill.recipe.sections import (
     Audio,
     Benchmark,
     Conditioning,
+    Consistency,
     Corpus,
     Evaluate,
     Gates,
@@ -44,6 +45,7 @@ class Recipe(Section):
     prepare: Prepare = Prepare()
     conditioning: Conditioning = Conditioning()
     linear_prediction: LinearPrediction = LinearPrediction()
+    consistency: Consistency = Consistency()
     models: Annotated[dict[Name, Model], Field(min_length=1)]
     training: dict[Name, AnyTraining]
     """Of the model of the same name, in the order given."""

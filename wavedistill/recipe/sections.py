@@ -179,6 +179,13 @@ class LinearPrediction(Section):
     """Coefficient of pre-emphasis where `order` is 0; 0 for none."""
 
 
+class Consistency(Section):
+    """How a draw is brought to the log-mel it was drawn for."""
+
+    passes: Annotated[int, Field(ge=0, le=64)] = 4
+    """Steps of mel consistency; 0 leaves a draw as it is. Each adds n_fft - hop_length samples of latency to a stream."""
+
+
 class Evaluate(Section):
     """What `evaluate` synthesises and scores."""
 

@@ -1,0 +1,147 @@
+"""Mel consistency: waveforms whose log-mel is the one they were drawn for."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wavedistill.recipe.sections import Audio
+from wavedistill.speech.audio import MEL_FLOOR, mel_filters
+
+MOST_GAIN = 6.0
+"""Nats of amplitude by which a step raises or lowers a bin at most."""
+WEIGHT_FLOOR = 1e-3
+"""Of squared windows in sum, about 1.5 where there are four to a window: less counts as this much."""
+
+
+class MelConsistency(nn.Module):
+    r"""Moves a waveform towards those that have a given log-mel; what already has it stays where it is.
+
+    A step multiplies each bin of the short-time spectrum X by the gain that its mel bands lack, with the filterbank M
+    normalised over the bands of each bin, and adds what that changes to the waveform, by weighted overlap-add:
+
+    .. math:: X_{kf} \leftarrow X_{kf} \exp \frac{\sum_b M_{bk} (m_{bf} - \log \sum_j M_{bj} |X_{jf}|)}{\sum_b M_{bk}}
+
+    Phase and fine structure stay the draw's own. The spectrum is that of `LogMel`. Differentiable; no bijection, so the
+    density of a draw is that before the step. One batch of matrix products, no loop over time, no synchronisation.
+
+    Args:
+        settings: of the log-mel.
+        passes: how many steps; 0 leaves every waveform as it is.
+    """
+
+    filters: Tensor
+    spread: Tensor
+    window: Tensor
+
+    def __init__(self, settings: Audio, passes: int = 1) -> None:
+        super().__init__()
+        self.passes = passes
+        self.hop_length, self.n_fft, self.overlap = settings.hop_length, settings.n_fft, settings.overlap
+        filters = mel_filters(settings)  # (bins, n_mels)
+        # Bins of no band keep what they have.
+        shares = filters / filters.sum(1, keepdim=True).clamp_min(torch.finfo(filters.dtype).tiny)
+        self.register_buffer("filters", filters, persistent=False)
+        self.register_buffer("spread", shares.T.contiguous(), persistent=False)
+        self.register_buffer("window", torch.hann_window(settings.n_fft), persistent=False)
+
+    @property
+    def latency(self) -> int:
+        """Samples of the waveform after a sample that have to be known for it, less than a hop aside."""
+        return self.passes * (self.n_fft - self.hop_length)
+
+    def forward(self, wave: Tensor, log_mel: Tensor) -> Tensor:
+        """A waveform (B, F * hop_length) with silence around it, after the steps towards a log-mel (B, n_mels, F)."""
+        frames = log_mel.shape[-1]
+        weight = self.weights(frames)
+        inside = slice(self.overlap, self.overlap + wave.shape[1])
+        for _ in range(self.passes):
+            padded = F.pad(wave, (self.overlap, self.overlap))
+            change = self.overlapped(self.changes(padded.unfold(1, self.n_fft, self.hop_length), log_mel))
+            wave = wave + _mean(change, weight)[:, inside]
+        return wave
+
+    def stream(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """As `forward`, of pieces of any number of frames: waveform (B, n * hop_length) and log-mel (B, n_mels, n) each.
+
+        Yields:
+            Blocks (B, any number) of the waveform, `latency` samples behind what is given.
+        """
+        steps: list[_Step] = []
+        for wave, log_mel in pieces:
+            steps = steps or [_Step(self, wave, log_mel) for _ in range(self.passes)]
+            for step in steps:
+                wave = step.given(wave, log_mel)
+            if wave.shape[1]:
+                yield wave
+        for number, step in enumerate(steps):
+            wave = step.rest()
+            for later in steps[number + 1 :]:
+                wave = later.given(wave)
+            if wave.shape[1]:
+                yield wave
+
+    def changes(self, cut: Tensor, log_mel: Tensor) -> Tensor:
+        """What a step adds to each frame (B, F, n_fft) of a waveform, times the window, given (B, n_mels, F)."""
+        spectrum = torch.fft.rfft(cut * self.window)
+        drawn = (spectrum.abs() @ self.filters).clamp_min(MEL_FLOOR).log()
+        gain = ((log_mel.transpose(1, 2) - drawn) @ self.spread).clamp(-MOST_GAIN, MOST_GAIN).expm1()
+        return torch.fft.irfft(spectrum * gain, self.n_fft) * self.window
+
+    def weights(self, frames: int) -> Tensor:
+        """The squared windows of so many frames, overlapped (1, (frames - 1) * hop_length + n_fft or more)."""
+        return self.overlapped(self.window.square().expand(1, frames, -1))
+
+    def overlapped(self, cut: Tensor) -> Tensor:
+        """The sum of frames (B, F, n_fft), each a hop after the one before: (B, (F - 1) * hop_length + n_fft or more)."""
+        hops, frames = -(-self.n_fft // self.hop_length), cut.shape[1]
+        parts = F.pad(cut, (0, hops * self.hop_length - self.n_fft)).unflatten(2, (hops, self.hop_length))
+        total = cut.new_zeros(len(cut), frames + hops - 1, self.hop_length)
+        for hop in range(hops):
+            total[:, hop : hop + frames] += parts[:, :, hop]
+        return total.flatten(1)
+
+
+class _Step:
+    """One step of a stream: what is known and not done yet, and what the frames that are done change ahead of them."""
+
+    def __init__(self, consistency: MelConsistency, wave: Tensor, log_mel: Tensor) -> None:
+        self.consistency, self.before = consistency, consistency.overlap  # silence, which nobody wants back
+        self.wave, self.log_mel = wave.new_zeros(len(wave), consistency.overlap), log_mel[..., :0]
+        self.ahead = consistency.n_fft - consistency.hop_length
+        self.change, self.weight = wave.new_zeros(len(wave), self.ahead), wave.new_zeros(1, self.ahead)
+
+    def given(self, wave: Tensor, log_mel: Tensor | None = None) -> Tensor:
+        """What no frame will change any more (B, any number), now that a piece more is known."""
+        hop, n_fft = self.consistency.hop_length, self.consistency.n_fft
+        self.wave = torch.cat([self.wave, wave], 1)
+        if log_mel is not None:
+            self.log_mel = torch.cat([self.log_mel, log_mel], -1)
+        frames = min((self.wave.shape[1] - self.ahead) // hop, self.log_mel.shape[-1])
+        if frames <= 0:
+            return wave[:, :0]
+        done = frames * hop
+        cut = self.wave.unfold(1, n_fft, hop)[:, :frames]
+        change = self.consistency.overlapped(self.consistency.changes(cut, self.log_mel[..., :frames]))
+        weight = self.consistency.weights(frames)
+        change[:, : self.ahead] += self.change
+        weight[:, : self.ahead] += self.weight
+        ready = self.wave[:, :done] + _mean(change[:, :done], weight[:, :done])
+        self.change, self.weight = (each[:, done : done + self.ahead].clone() for each in (change, weight))
+        self.wave, self.log_mel = self.wave[:, done:], self.log_mel[..., frames:]
+        skipped = min(self.before, done)
+        self.before -= skipped
+        return ready[:, skipped:]
+
+    def rest(self) -> Tensor:
+        """What is left (B, any number), once silence follows."""
+        silence = self.wave.new_zeros(len(self.wave), self.consistency.overlap)
+        last = self.given(silence)
+        left = self.wave.shape[1] - self.consistency.overlap
+        return torch.cat([last, self.wave[:, :left] + _mean(self.change[:, :left], self.weight[:, :left])], 1)
+
+
+def _mean(change: Tensor, weight: Tensor) -> Tensor:
+    """Weighted overlap-add; where windows hardly reach, nothing changes."""
+    return change / weight.clamp_min(WEIGHT_FLOOR)

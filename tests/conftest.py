@@ -68,14 +68,19 @@ def small_flow(reads: str, seed: int = 0, **changes: Any) -> Autoregressive:
 
 
 def small_model(kind: str, *, pitch: bool = True) -> WaveformModel:
-    """A teacher of one flow, or a student of three with a periodic source, then linear prediction.
+    """A teacher of one flow, or a student of three with a periodic source, or a squeezed one, then linear prediction.
 
     5 mel bands, a hop of 8, context 1; F0 is predicted, so it is made up but the same for both.
     """
-    source = kind == "student" and pitch
+    source = kind != "teacher" and pitch
     flows = [small_flow("x")]
-    if kind == "student":
-        flows = [small_flow("z", seed, source_channels=SOURCE_CHANNELS if source else 0) for seed in range(3)]
+    if kind != "teacher":
+        groups = [(1, 0)] * 3 if kind == "student" else [(4, 0), (4, 3), (2, 1)]
+        channels = SOURCE_CHANNELS if source else 0
+        flows = [
+            small_flow("z", seed, source_channels=channels, squeeze=squeeze, border=border)
+            for seed, (squeeze, border) in enumerate(groups)
+        ]
     model = WaveformModel(
         MelEncoder(5, 3, 1, (2, 4), others=PITCH_CHANNELS if pitch else 0),
         flows,
@@ -83,7 +88,7 @@ def small_model(kind: str, *, pitch: bool = True) -> WaveformModel:
         LinearPredictionFromMel(SMALL_AUDIO, 4),
         StandardNormal(),
         pitch=PitchPredictor(SMALL_AUDIO, channels=4) if pitch else None,
-        source=PeriodicSource(SMALL_AUDIO) if source else None,
+        source=PeriodicSource(SMALL_AUDIO, 0 if kind == "student" else 3) if source else None,
     )
     return randomise(model, seed=7)
 

@@ -46,7 +46,7 @@ def test_both_readings_round_trip(reads: str) -> None:
     assert (back - given).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("case", ["teacher", "one flow", "student"])
+@pytest.mark.parametrize("case", ["teacher", "one flow", "student", "squeezed"])
 def test_jacobian_is_triangular_and_agrees_with_ladj(case: str) -> None:
     mel, at = small_mel(1, 3), noise(LENGTH)
     if case == "one flow":

@@ -166,6 +166,16 @@ def test_model_sampling_and_inversion_with_either_solver(kind: str) -> None:
         assert (found - z).abs().max() < 1e-9
 
 
+def test_a_squeezed_model_is_inverted_by_the_naive_solver_alone() -> None:
+    distribution, z = small_model("squeezed")(small_mel(2, 5)), noise(2, 37)
+    found, log_prob = invert(distribution, sample(distribution, z))
+    assert (found - z).abs().max() < 1e-9
+    assert (log_prob - distribution.rsample_and_log_prob_steps(z)[1]).abs().max() < 1e-9
+    for solver in SOLVERS:
+        with pytest.raises(ValueError, match="use `naive`"):
+            invert(distribution, z, solver)
+
+
 def test_student_sampling_is_its_one_pass() -> None:
     q, z = small_model("student")(small_mel(2, 5)), noise(2, 37)
     with torch.no_grad():
@@ -174,10 +184,11 @@ def test_student_sampling_is_its_one_pass() -> None:
 
 @pytest.mark.parametrize("pieces", [1, 2, 5, 40])
 @pytest.mark.parametrize("pitch", [True, False])
-def test_a_stream_equals_one_pass(pieces: int, pitch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["student", "squeezed"])
+def test_a_stream_equals_one_pass(pieces: int, pitch: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The past of every layer, of linear prediction and of the source's phase cross the borders of blocks."""
-    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6)
-    model = small_model("student", pitch=pitch)
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6 if kind == "student" else 24 * 3)
+    model = small_model(kind, pitch=pitch)
     mel, z = small_mel(2, 38).within(model.margin), noise(2, 38 * 8)
     blocks = list(stream(model, split(mel, pieces), slices(z)))
     assert max(block.shape[1] for block in blocks) <= 24

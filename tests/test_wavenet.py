@@ -29,15 +29,29 @@ def test_perturbing_an_input_changes_no_parameter_at_or_before_it(at: int) -> No
 
 
 @pytest.mark.parametrize("kernel_size", [2, 3])
-def test_receptive_field_is_exact(kernel_size: int) -> None:
-    """The last output depends on exactly `receptive_field` inputs before it."""
-    net = small_wavenet(kernel_size=kernel_size, feature_channels=None, repeat=1)
-    x = noise(1, net.receptive_field + 10).requires_grad_()
-    net(x)[0, -1].sum().backward()
+@pytest.mark.parametrize(("squeeze", "border"), [(1, 0), (4, 0), (4, 3)])
+def test_receptive_field_is_exact(kernel_size: int, squeeze: int, border: int) -> None:
+    """The last output of a group depends on exactly `receptive_field` inputs before it, but for those of the group."""
+    net = small_wavenet(kernel_size=kernel_size, feature_channels=None, repeat=squeeze, squeeze=squeeze, border=border)
+    groups = 1 + (kernel_size - 1) * (1 + 2 + 4 + 1)
+    assert net.receptive_field == squeeze * groups + squeeze - 1
+    last = border + squeeze * (groups + 3) - 1
+    x = noise(1, last + 5).requires_grad_()
+    net(x)[0, last].sum().backward()
     assert x.grad is not None
     (seen,) = x.grad[0].nonzero(as_tuple=True)
-    assert seen.tolist() == list(range(9, net.receptive_field + 9))
-    assert net.receptive_field == 1 + (kernel_size - 1) * (1 + 2 + 4 + 1)
+    assert seen.tolist() == list(range(last - net.receptive_field, last - squeeze + 1))
+
+
+def test_a_squeezed_networks_outputs_are_its_groups_and_before_them_its_start() -> None:
+    net = small_wavenet(squeeze=4, border=3)
+    x, features = noise(1, 24), noise(1, 6, 3)
+    before = net(x, features)
+    assert (before[:, :3] == net.start).all()
+    x[:, 10] += 1  # the last of the group from 7 to 10
+    changed = (net(x, features) != before).all(-1)[0]
+    assert not changed[:11].any()
+    assert changed[11:15].all()
 
 
 @pytest.mark.parametrize("kernel_size", [2, 3])
@@ -57,15 +71,16 @@ def test_steps_equal_the_whole_sequence_from_the_first_sample_on(kernel_size: in
 
 
 @pytest.mark.parametrize("kernel_size", [2, 3])
+@pytest.mark.parametrize(("squeeze", "border"), [(1, 0), (4, 0), (4, 3), (2, 1)])
 @torch.no_grad()
-def test_blocks_equal_the_whole_sequence(kernel_size: int) -> None:
+def test_blocks_equal_the_whole_sequence(kernel_size: int, squeeze: int, border: int) -> None:
     """Shorter and longer than the past of the layers; the last one ends where it likes."""
-    net = small_wavenet(kernel_size=kernel_size, source_channels=2)
-    x, features, source = noise(2, LENGTH), noise(2, 11, 3), noise(2, LENGTH, 2, seed=1)
+    net = small_wavenet(kernel_size=kernel_size, source_channels=2, squeeze=squeeze, border=border)
+    x, features, source = noise(2, LENGTH), noise(2, 11, 3), noise(2, LENGTH + border, 2, seed=1)
     state, blocks = WaveNetState(net, 2, 16), []
     for begin, end in ((0, 4), (4, 20), (20, 36), (36, 40), (40, 41)):
         own = features[:, begin // net.repeat : -(-end // net.repeat)]
-        blocks.append(net(x[:, begin:end], own, source[:, begin:end], state))
+        blocks.append(net(x[:, begin:end], own, source[:, begin : end + border], state))
     torch.testing.assert_close(torch.cat(blocks, 1), net(x, features, source), rtol=0, atol=1e-12)
 
 

@@ -176,7 +176,10 @@ def _model(experiment: Experiment, job: Job) -> WaveformModel:
     assert isinstance(kind, Iaf)
     cycle = kind.network.dilation_cycle
     flow_layers = tuple(min(cycle, job.layers - done) for done in range(0, job.layers, cycle))
-    models = {**recipe.models, job.model: kind.model_copy(update={"flow_layers": flow_layers})}
+    models = {
+        **recipe.models,
+        job.model: kind.model_copy(update={"flow_layers": flow_layers, "squeeze": kind.squeeze[:1]}),
+    }
     return build(recipe.model_copy(update={"models": models}), job.model, recipe.seed).to(experiment.device)
 
 

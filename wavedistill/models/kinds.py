@@ -45,9 +45,10 @@ def maf(settings: Maf, recipe: Recipe) -> WaveformModel:
 def iaf(settings: Iaf, recipe: Recipe) -> WaveformModel:
     """K inverse autoregressive flows, then the last transform of the recipe."""
     base, elementwise = BASES[settings.base], Affine(settings.min_log_scale)
+    groups = zip(settings.flow_layers, settings.squeezes, settings.borders, strict=True)
     networks = [
-        _network(recipe, settings, layers, elementwise, source=settings.periodic_source)
-        for layers in settings.flow_layers
+        _network(recipe, settings, layers, elementwise, settings.periodic_source, squeeze, border)
+        for layers, squeeze, border in groups
     ]
     _start_at_unit_variance(networks[-1], elementwise, base)
     flows = [Autoregressive(network, "z", elementwise) for network in networks]
@@ -71,6 +72,9 @@ def around(flows: list[Autoregressive], base: Base, recipe: Recipe, *, source: b
         envelope = LinearPredictionFromMel(recipe.audio, prediction.order)
     elif prediction.preemphasis:
         envelope = Preemphasis(prediction.preemphasis, level)
+    # A group that begins before a border between blocks of a stream ends after it.
+    nets = [module for flow in flows for module in flow.modules() if isinstance(module, WaveNet)]
+    ahead = max((net.border for net in nets), default=0)
     return WaveformModel(
         MelEncoder(
             recipe.audio.n_mels,
@@ -84,17 +88,23 @@ def around(flows: list[Autoregressive], base: Base, recipe: Recipe, *, source: b
         envelope,
         base,
         PitchPredictor(recipe.audio) if conditioning.pitch else None,
-        PeriodicSource(recipe.audio) if source else None,
+        PeriodicSource(recipe.audio, ahead) if source else None,
     )
 
 
 def _start_at_unit_variance(network: WaveNet, elementwise: Elementwise, noise: Base) -> None:
     with torch.no_grad():
-        network.head.bias.copy_(elementwise.start(noise.std))
+        network.head.bias.copy_(elementwise.start(noise.std).repeat(network.squeeze))
 
 
 def _network(
-    recipe: Recipe, settings: Maf | Iaf, layers: int, elementwise: Elementwise, *, source: bool = False
+    recipe: Recipe,
+    settings: Maf | Iaf,
+    layers: int,
+    elementwise: Elementwise,
+    source: bool = False,
+    squeeze: int = 1,
+    border: int = 0,
 ) -> WaveNet:
     return WaveNet(
         layers=layers,
@@ -103,4 +113,6 @@ def _network(
         feature_channels=recipe.conditioning.channels,
         repeat=recipe.conditioning.upsample[-1],
         source_channels=SOURCE_CHANNELS if source else 0,
+        squeeze=squeeze,
+        border=border,
     )

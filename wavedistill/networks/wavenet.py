@@ -16,7 +16,8 @@ class WaveNetState:
     """What a network remembers of a sequence that it is given block by block: zeros at the start, as training pads.
 
     Attributes:
-        previous: (B, 1) the last input of the block before.
+        previous: (B, squeeze) the last inputs of the block before.
+        outputs: (B, border, out_channels) those for the first inputs of the block, which the block before decided.
         history: per layer ((kernel_size - 1) * dilation + room, B, channels), its inputs before the block, and room for
             those of the block.
         position: steps of the block that are done.
@@ -25,8 +26,9 @@ class WaveNetState:
     def __init__(self, net: "WaveNet", batch_size: int, room: int) -> None:
         self._past = [(net.kernel_size - 1) * dilation for dilation in net.dilations]
         zeros = net.input.weight.new_zeros
-        self.previous = zeros(batch_size, 1)
-        self.history = [zeros(past + room, batch_size, net.channels) for past in self._past]
+        self.previous = zeros(batch_size, net.squeeze)
+        self.outputs = net.start.expand(batch_size, net.border, -1).clone()
+        self.history = [zeros(past + room // net.squeeze, batch_size, net.channels) for past in self._past]
         self.position = 0
 
     def advance(self, steps: int) -> None:
@@ -48,6 +50,10 @@ class WaveNet(nn.Module):
     and two more 1x1 layers map the sum of skips to the outputs. The last one starts at zero, so that a flow built on it
     starts from what its caller chose.
 
+    Squeezed by G, it runs once for G inputs: a group's outputs see the groups before it only, for a G-th of the
+    operations (after Zhai et al. 2020, *SqueezeWave*). Groups begin at `border`, border + G and so on; before them,
+    where nothing is known, outputs are those of the last layer's bias.
+
     Args:
         layers: number of gated layers; layer i has dilation 2 ** (i mod dilation_cycle).
         dilation_cycle: layers until the dilation starts again at 1.
@@ -58,6 +64,8 @@ class WaveNet(nn.Module):
         feature_channels: width of the conditioning features, or None for an unconditional network.
         repeat: samples that share one conditioning feature.
         source_channels: inputs at t that the network sees beside the past; functions of the conditioning.
+        squeeze: inputs a group; divides `repeat`.
+        border: where the first group begins, less than `squeeze`.
     """
 
     def __init__(
@@ -72,11 +80,14 @@ class WaveNet(nn.Module):
         feature_channels: int | None = None,
         repeat: int = 1,
         source_channels: int = 0,
+        squeeze: int = 1,
+        border: int = 0,
     ) -> None:
         super().__init__()
         self.dilations = [2 ** (i % dilation_cycle) for i in range(layers)]
         self.kernel_size, self.channels, self.skip_channels, self.repeat = kernel_size, channels, skip_channels, repeat
-        self.input = nn.Linear(1 + source_channels, channels)
+        self.squeeze, self.border = squeeze, border
+        self.input = nn.Linear(squeeze * (1 + source_channels), channels)
         self.gates = nn.ModuleList(nn.Linear(kernel_size * channels, 2 * channels) for _ in range(layers))
         # Nothing follows the last layer's residual path, so it has none.
         self.outputs = nn.ModuleList(
@@ -84,7 +95,7 @@ class WaveNet(nn.Module):
         )
         self.context = None if feature_channels is None else nn.Linear(feature_channels, layers * 2 * channels)
         self.hidden = nn.Linear(skip_channels, skip_channels)
-        self.head = nn.Linear(skip_channels, out_channels)
+        self.head = nn.Linear(skip_channels, squeeze * out_channels)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -94,12 +105,17 @@ class WaveNet(nn.Module):
         layers = [self.input, *self.gates, *self.outputs, self.hidden, self.head]
         weights = sum(layer.weight.numel() for layer in layers)
         shared = 0 if self.context is None else self.context.weight.numel() / self.repeat
-        return 2 * (weights + shared)
+        return 2 * (weights / self.squeeze + shared)
 
     @property
     def receptive_field(self) -> int:
         """How many input values before t the output at t can see."""
-        return 1 + (self.kernel_size - 1) * sum(self.dilations)
+        return self.squeeze * (2 + (self.kernel_size - 1) * sum(self.dilations)) - 1
+
+    @property
+    def start(self) -> Tensor:
+        """Outputs (1, 1, out_channels) where nothing is known."""
+        return self.head.bias.view(1, self.squeeze, -1).mean(1, keepdim=True)
 
     def forward(
         self, x: Tensor, features: Tensor | None = None, source: Tensor | None = None, state: WaveNetState | None = None
@@ -109,19 +125,25 @@ class WaveNet(nn.Module):
         Args:
             x: the signal whose past is read.
             features: (B, at least T / repeat, feature_channels), or None for an unconditional network.
-            source: (B, at least T, source_channels), or None where these are 0.
+            source: (B, at least T + border, source_channels), or None where these are 0.
             state: what came before x, which is replaced by what comes before the next block; without gradient. Every
                 block but the last has a multiple of `repeat` steps. None for a whole sequence.
         """
         batch_size, length = x.shape
-        padded = math.ceil(length / self.repeat) * self.repeat
-        before = x.new_zeros(batch_size, 1) if state is None else state.previous
-        # The causal shift: position t holds x_{t-1}.
-        inputs = F.pad(torch.cat([before, x[:, : length - 1]], 1), (0, padded - length)).t().unsqueeze(-1)  # (T, B, 1)
+        covered = math.ceil(length / self.repeat) * self.repeat
+        here, padded, repeat = (
+            slice(self.border, self.border + covered),
+            covered // self.squeeze,
+            self.repeat // self.squeeze,
+        )
+        before = x.new_zeros(batch_size, self.squeeze) if state is None else state.previous
+        # The causal shift: position t holds x_{t-1}, and in a group the group before.
+        shifted = F.pad(torch.cat([before, x], 1), (0, covered - length))[:, here]
+        inputs = shifted.t().unflatten(0, (padded, -1)).transpose(1, 2)  # (T / squeeze, B, squeeze)
         if source is not None:
-            beside = F.pad(source[:, :length], (0, 0, 0, padded - length))
-            inputs = torch.cat([inputs, beside.transpose(0, 1)], -1)
-        h = self.input(inputs).flatten(0, 1)  # (T * B, C)
+            beside = F.pad(source, (0, 0, 0, max(0, here.stop - source.shape[1])))[:, here]
+            inputs = torch.cat([inputs, beside.reshape(batch_size, padded, -1).transpose(0, 1)], -1)
+        h = self.input(inputs).flatten(0, 1)  # (T / squeeze * B, C)
         context = self.project(features)
         skip = x.new_zeros(1, 1)  # under autocast, sums stay as precise as x
         for i, dilation in enumerate(self.dilations):
@@ -132,13 +154,19 @@ class WaveNet(nn.Module):
                 state.history[i][past : past + padded] = h.view(padded, batch_size, -1)
                 extended = state.history[i].flatten(0, 1)
             delays = [extended[k * dilation * batch_size :][: len(h)] for k in range(self.kernel_size - 1)]
-            own = None if context is None else context[: padded // self.repeat, i, None]
-            y = self._gates(i, [*delays, h], own, (-1, self.repeat, batch_size))
+            own = None if context is None else context[: padded // repeat, i, None]
+            y = self._gates(i, [*delays, h], own, (-1, repeat, batch_size))
             h, skip = self._layer(i, y, h, skip)
+        found = self._head(skip).view(padded, batch_size, -1).transpose(0, 1).reshape(batch_size, covered, -1)
+        if self.border:
+            first = self.start.expand(batch_size, self.border, -1) if state is None else state.outputs.clone()
+            found, rest = torch.cat([first, found[:, : covered - self.border]], 1), found[:, covered - self.border :]
         if state is not None:
-            state.previous.copy_(x[:, -1:])
-            state.advance(length)
-        return self._head(skip).view(padded, batch_size, -1)[:length].transpose(0, 1)  # (T, B, out) -> (B, T, out)
+            state.previous.copy_(torch.cat([before, x], 1)[:, -self.squeeze :])
+            state.advance(length // self.squeeze)
+            if self.border:
+                state.outputs.copy_(rest)
+        return found[:, :length]
 
     def step(
         self, previous: Tensor, state: WaveNetState, context: Tensor | None = None, source: Tensor | None = None

@@ -1,5 +1,6 @@
 """A recipe's models: each kind is one table, with its own keys and their defaults."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -9,6 +10,7 @@ from wavedistill.recipe.sections import Section, Width
 Layers = Annotated[int, Field(ge=1, le=1000)]
 ImportPath = Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$")]
 """ "module:name" of code of the user's own."""
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Network(Section):
@@ -20,9 +22,10 @@ class Network(Section):
     """Layer i has dilation 2 ** (i mod dilation_cycle)."""
     kernel_size: Annotated[int, Field(ge=2, le=16)] = 2
 
-    def receptive_field(self, layers: int) -> int:
+    def receptive_field(self, layers: int, squeeze: int = 1) -> int:
         """Samples that so many layers look back."""
-        return 1 + (self.kernel_size - 1) * sum(2 ** (i % self.dilation_cycle) for i in range(layers))
+        dilations = sum(2 ** (i % self.dilation_cycle) for i in range(layers))
+        return squeeze * (2 + (self.kernel_size - 1) * dilations) - 1
 
 
 class Maf(Section):
@@ -39,9 +42,9 @@ class Maf(Section):
     network: Network = Network()
 
     @property
-    def stacks(self) -> tuple[int, ...]:
-        """Layers of each network."""
-        return (self.layers,)
+    def receptive_field(self) -> int:
+        """Samples that its network looks back."""
+        return self.network.receptive_field(self.layers)
 
     @property
     def noise(self) -> str:
@@ -56,6 +59,9 @@ class Iaf(Section):
     base: Literal["normal", "logistic"] = "normal"
     flow_layers: Annotated[tuple[Layers, ...], Field(strict=False, min_length=1)] = (10, 10, 10)
     """Layers of each flow, from noise to waveform."""
+    squeeze: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(strict=False, min_length=1)] = (1,)
+    """Samples that each flow's network is run once for: a G-th of the operations, and no dependence inside so many. One
+    for all flows, or one for each. Divides the last factor of `conditioning.upsample`."""
     periodic_source: bool = True
     """Whether the networks read signals that repeat with F0 beside the noise; needs `conditioning.pitch`."""
     min_log_scale: Annotated[float, Field(lt=0)] = -4.5
@@ -63,9 +69,19 @@ class Iaf(Section):
     network: Network = Network()
 
     @property
-    def stacks(self) -> tuple[int, ...]:
-        """Layers of each network."""
-        return self.flow_layers
+    def receptive_field(self) -> int:
+        """Samples that the network looks back that looks furthest."""
+        return max(map(self.network.receptive_field, self.flow_layers, self.squeezes))
+
+    @property
+    def squeezes(self) -> tuple[int, ...]:
+        """Samples a group, of each flow."""
+        return self.squeeze * len(self.flow_layers) if len(self.squeeze) == 1 else self.squeeze
+
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """Where the groups of each flow begin, spread by the golden section, so that no border is every flow's."""
+        return tuple(math.floor(i * GOLDEN * squeeze) % squeeze for i, squeeze in enumerate(self.squeezes))
 
     @property
     def noise(self) -> str:

@@ -101,13 +101,31 @@ class Recipe(Section):
             )
         if isinstance(model, OwnModel):
             return
-        field = max(model.network.receptive_field(layers) for layers in model.stacks)
+        if isinstance(model, Iaf):
+            self._groups(name, model)
+        field = model.receptive_field
         if field > segment:
             raise ValueError(
                 f"models.{name}: a network sees {field} samples back, but training.{name}.segment_frames = "
                 f"{training.segment_frames} gives segments of {segment}: lower models.{name}.network.dilation_cycle, "
                 f"or use segment_frames = {math.ceil(field / self.audio.hop_length)} or more"
             )
+
+    def _groups(self, name: str, model: Iaf) -> None:
+        """Whether a squeezed model's groups fill what shares a feature."""
+        here, repeat = f"models.{name}.squeeze", self.conditioning.upsample[-1]
+        if len(model.squeeze) not in (1, len(model.flow_layers)):
+            raise ValueError(
+                f"{here} = {list(model.squeeze)}: give one for all flows, or one for each of the "
+                f"{len(model.flow_layers)} in flow_layers"
+            )
+        for squeeze in model.squeeze:
+            if repeat % squeeze or 2 * squeeze > self.audio.hop_length:
+                raise ValueError(
+                    f"{here}: {squeeze} does not divide {repeat}, the last factor of conditioning.upsample, or exceeds "
+                    f"half of audio.hop_length; use one of "
+                    f"{[g for g in range(1, repeat + 1) if repeat % g == 0 and 2 * g <= self.audio.hop_length]}"
+                )
 
     def _distils(self, name: str, training: Distillation, known: list[str]) -> None:
         """Whether a distillation has a teacher that can tell what its terms ask for."""

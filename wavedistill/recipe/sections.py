@@ -183,7 +183,7 @@ class Consistency(Section):
     """How a draw is brought to the log-mel it was drawn for."""
 
     passes: Annotated[int, Field(ge=0, le=64)] = 4
-    """Steps of mel consistency; 0 leaves a draw as it is. Each adds n_fft - hop_length samples of latency to a stream."""
+    """Steps of mel consistency; 0 leaves a draw as it is. Each adds n_fft - hop_length samples to the latency."""
 
 
 class Evaluate(Section):

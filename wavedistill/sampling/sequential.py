@@ -116,6 +116,8 @@ def compiled(flow: Autoregressive, given: Tensor, context: Context, label: str |
 
 def fastest(flow: Autoregressive, given: Tensor, context: Context, label: str | None = None) -> Tensor:
     """The sequential direction of one flow by the fastest solver of its device; arguments as in `naive`."""
+    if conditioner_of(flow).squeeze > 1:
+        return naive(flow, given, context, label)
     if given.device.type == "cpu":
         return compiled(flow, given, context, label)
     return (graphed if flow.elementwise.recordable else cached)(flow, given, context, label)
@@ -235,8 +237,10 @@ def _covering(flow: Autoregressive, given: Tensor, context: Context) -> tuple[Te
     """Features and source of a context, if there are enough for the known side (B, T).
 
     Raises:
-        ValueError: if there are not.
+        ValueError: if there are not, or if the network takes no steps of one sample.
     """
+    if conditioner_of(flow).squeeze > 1:
+        raise ValueError("a squeezed network takes no steps of one sample: use `naive`")
     features, source = (*context, None, None)[:2]
     for part, steps in ((features, conditioner_of(flow).repeat), (source, 1)):
         if part is not None and (len(part) != len(given) or part.shape[1] * steps < given.shape[1]):

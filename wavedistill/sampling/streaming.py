@@ -78,9 +78,9 @@ class _ParallelBlocks:
                     f"this model has {type(flow).__name__} among its flows"
                 )
             self.flows.append(flow)
-        widest = max(conditioner_of(flow).channels for flow in self.flows)
-        values_a_frame = model.encoder.hop_length * widest
-        self.most_frames = max(1, STREAM_VALUES[next(model.parameters()).device.type] // values_a_frame)
+        nets = [conditioner_of(flow) for flow in self.flows]
+        values_a_frame = model.encoder.hop_length * max(net.channels / net.squeeze for net in nets)
+        self.most_frames = max(1, int(STREAM_VALUES[next(model.parameters()).device.type] / values_a_frame))
         self._parameters = [flow.step_parameters for flow in self.flows]
         # Every other length would be compiled anew.
         self._parameters_of_full_blocks = self._parameters

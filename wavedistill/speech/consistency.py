@@ -63,7 +63,7 @@ class MelConsistency(nn.Module):
         return wave
 
     def stream(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """As `forward`, of pieces of any number of frames: waveform (B, n * hop_length) and log-mel (B, n_mels, n) each.
+        """As `forward`, of pieces of n frames, any number: waveform (B, n * hop_length) and log-mel (B, n_mels, n).
 
         Yields:
             Blocks (B, any number) of the waveform, `latency` samples behind what is given.
@@ -94,7 +94,7 @@ class MelConsistency(nn.Module):
         return self.overlapped(self.window.square().expand(1, frames, -1))
 
     def overlapped(self, cut: Tensor) -> Tensor:
-        """The sum of frames (B, F, n_fft), each a hop after the one before: (B, (F - 1) * hop_length + n_fft or more)."""
+        """The sum of frames (B, F, n_fft), a hop after one another: (B, (F - 1) * hop_length + n_fft or more)."""
         hops, frames = -(-self.n_fft // self.hop_length), cut.shape[1]
         parts = F.pad(cut, (0, hops * self.hop_length - self.n_fft)).unflatten(2, (hops, self.hop_length))
         total = cut.new_zeros(len(cut), frames + hops - 1, self.hop_length)

@@ -56,27 +56,31 @@ class PeriodicSource(nn.Module):
 
     Args:
         settings: of the log-mel.
+        ahead: samples beyond the last frame that are given too, at most half a hop.
     """
 
-    def __init__(self, settings: Audio) -> None:
+    def __init__(self, settings: Audio, ahead: int = 0) -> None:
         super().__init__()
-        self.hop_length, self.sample_rate = settings.hop_length, settings.sample_rate
+        self.hop_length, self.sample_rate, self.ahead = settings.hop_length, settings.sample_rate, ahead
 
     def forward(self, f0: Tensor, phase: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Source (B, F * hop, 4) of the middle frames of f0 (B, F + 2), and the phase (B,) in periods after its end.
+        """Source (B, F * hop + ahead, 4) of the middle frames of f0 (B, F + 2), and the phase (B,) in periods after F * hop.
 
         Args:
             f0: one more frame on either side, towards which F0 is interpolated.
             phase: (B,) before the first sample, in periods, as the call for the frames before gave it; 0 by default.
         """
         kind, f0 = f0.dtype, f0.double()  # a phase in float32 would be lost after some minutes
-        frames = f0.shape[1] - 2
-        here = f0[:, 1 : 1 + frames]
-        before, after = (torch.where(other > 0, other, here) for other in (f0[:, :frames], f0[:, 2:]))
+        length = (f0.shape[1] - 2) * self.hop_length
+        # Of the frame after the last, the half that does not need its successor.
+        here, following = (f0[:, 1:], F.pad(f0[:, 2:], (0, 1))) if self.ahead else (f0[:, 1:-1], f0[:, 2:])
+        before, after = (torch.where(other > 0, other, here) for other in (f0[:, : here.shape[1]], following))
         # Of each sample in its hop, from -1/2 to 1/2.
         place = (torch.arange(self.hop_length, device=f0.device) + 0.5) / self.hop_length - 0.5
         slope = torch.where(place < 0, (here - before)[..., None], (after - here)[..., None])
-        hertz = torch.where(here[..., None] > 0, here[..., None] + place * slope, 0.0).flatten(1)  # (B, F * hop)
+        hertz = torch.where(here[..., None] > 0, here[..., None] + place * slope, 0.0).flatten(1)[
+            :, : length + self.ahead
+        ]
         periods = (hertz / self.sample_rate).cumsum(1) + (0 if phase is None else phase[:, None])
         angle = 2 * math.pi * (periods % 1)
         voiced = hertz > 0
@@ -85,7 +89,7 @@ class PeriodicSource(nn.Module):
         near = half.sin().abs() < 1e-6
         pulse = torch.where(near, 2 * harmonics + 1, ((2 * harmonics + 1) * half).sin() / half.sin().where(~near, 1.0))
         source = torch.stack([angle.sin(), angle.cos(), pulse / (2 * harmonics).sqrt(), torch.ones_like(angle)], -1)
-        return (source * voiced[..., None]).to(kind), periods[:, -1] % 1
+        return (source * voiced[..., None]).to(kind), periods[:, length - 1] % 1
 
 
 class PitchPredictor(nn.Module):

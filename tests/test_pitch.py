@@ -70,6 +70,17 @@ def test_phase_goes_on_across_chunks() -> None:
     torch.testing.assert_close(last, end, rtol=0, atol=1e-9)
 
 
+def test_a_source_ahead_is_that_of_the_next_frames() -> None:
+    f0 = torch.tensor([[0.0, 50, 60, 55, 0, 0, 70, 80, 75, 60]]).double()
+    source, later = PeriodicSource(SMALL_AUDIO), PeriodicSource(SMALL_AUDIO, ahead=4)
+    whole, _ = source(f0)
+    for frames in (1, 3, 4, 5):
+        here, phase = later(f0[:, : frames + 2])
+        assert here.shape[1] == frames * 8 + 4
+        torch.testing.assert_close(here, whole[:, : frames * 8 + 4], rtol=0, atol=1e-9)
+        torch.testing.assert_close(phase, source(f0[:, : frames + 2])[1])
+
+
 def test_f0_glides_between_the_middles_of_frames() -> None:
     """A linear F0 comes out linear: the phase is then its square."""
     source = PeriodicSource(SMALL_AUDIO)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -35,12 +36,30 @@ def test_a_recording_and_its_log_mel_are_vocoded(voices: dict[str, wavedistill.V
     assert torch.equal(mel, LogMel(voice.recipe.audio).of_file(whole[None])[0])
     drawn = voice.vocode(mel, seed=3)
     assert drawn.shape == (4200,)
-    assert torch.equal(drawn, voice.sample(mel, seed=3))
-    assert not torch.equal(drawn, voice.sample(mel, seed=4))
+    sampled = voice.sample(mel, seed=3)
+    assert torch.equal(drawn, voice.consistency(sampled[None], mel[None])[0])
+    assert (voice.log_mel(drawn) - mel).abs().mean() < 0.5 * (voice.log_mel(sampled) - mel).abs().mean()
+    assert not torch.equal(sampled, voice.sample(mel, seed=4))
     assert voice.sample(mel, temperature=0.0).square().mean() < drawn.square().mean()
     soundfile.write(tmp_path / "a.wav", wave.numpy(), 16000)
     for given in (tmp_path / "a.wav", str(tmp_path / "a.wav")):
         assert voice.vocode(given).shape == (4200,)
+
+
+def test_passes_are_the_recipes_or_those_asked_for(voices: dict[str, wavedistill.Vocoder], tmp_path: Path) -> None:
+    mel = voices["student"].log_mel(speech_like(2000))
+    assert voices["student"].consistency.passes == 4
+    path = tmp_path / "student.safetensors"
+    plain = wavedistill.load(path, passes=0)
+    assert torch.equal(plain.vocode(mel), plain.sample(mel))
+
+
+def test_a_file_is_vocoded_as_its_log_mel_is(voices: dict[str, wavedistill.Vocoder], tmp_path: Path) -> None:
+    """Block by block or whole, with the same passes."""
+    for voice in voices.values():
+        mel = voice.log_mel(speech_like(2000))
+        np.save(tmp_path / "m.npy", mel.numpy())
+        torch.testing.assert_close(voice.vocode(tmp_path / "m.npy"), voice.vocode(mel), rtol=0, atol=1e-5)
 
 
 def test_a_density_is_asked_of_whom_it_takes_one_pass(voices: dict[str, wavedistill.Vocoder]) -> None:

@@ -21,6 +21,7 @@ from wavedistill.sampling import sequential
 from wavedistill.sampling.streaming import stream
 from wavedistill.speech.audio import LogMel
 from wavedistill.speech.conditioning import Conditioning
+from wavedistill.speech.consistency import MelConsistency
 from wavedistill.tools.random import random_stream
 
 SOLVERS: dict[str, sequential.Solver] = {
@@ -132,6 +133,7 @@ def measure(experiment: Experiment, job: Job) -> dict[str, Any]:
         "batch_size": job.batch_size,
         "num_samples": job.num_samples,
         "trained": job.layers is None,
+        "passes": recipe.consistency.passes if job.sampler in PARALLEL else 0,
         **times,
         "samples_per_second": speed,
         "times_real_time": speed / recipe.audio.sample_rate,
@@ -191,9 +193,12 @@ def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable
         past = max(net.receptive_field for net in model.networks)
         solver, length = functools.partial(sequential.naive, start=past), past + length
     hop = recipe.audio.hop_length
+    if job.sampler == "parallel":
+        length = -(-length // hop) * hop
     utterance = max(experiment.corpus().of("test"), key=lambda u: u.frames)
     recorded = LogMel(recipe.audio).of_file(read_samples(experiment.audio, utterance)[None]).to(device)
     recorded = recorded.expand(job.batch_size, -1, -1)
+    consistency = MelConsistency(recipe.audio, recipe.consistency.passes).to(device)
     frames = -(-length // hop) + 2 * model.margin
 
     def pieces() -> Iterator[Conditioning]:
@@ -209,7 +214,8 @@ def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable
 
         def draw_blocks(first: int | None = None) -> None:
             generator = random_stream(recipe.seed)
-            for wave in stream(model, pieces(), lambda count: random(count, generator), compiled=fused):
+            noise = functools.partial(random, generator=generator)
+            for wave in stream(model, pieces(), noise, compiled=fused, consistency=consistency):
                 if first is not None:
                     break
                 del wave
@@ -222,6 +228,8 @@ def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable
     @torch.inference_mode()
     def draw(first: int | None = None) -> None:
         end = length if first is None or job.sampler == "parallel" else length - job.num_samples + first
-        sequential.sample(model(told), noise[:, :end], solver)
+        wave = sequential.sample(model(told), noise[:, :end], solver)
+        if job.sampler == "parallel":
+            consistency(wave, told.within(0).mel)
 
     return draw

@@ -164,6 +164,10 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0, help="Scale of the noise; below 1 is cleaner and less varied.")
     ] = 1.0,
+    passes: Annotated[
+        int | None,
+        typer.Option(min=0, max=64, help="Steps of mel consistency; those of the checkpoint's recipe by default."),
+    ] = None,
     fused: Annotated[
         bool, typer.Option("--fused", help="Compile a parallel model first, half a minute: faster on most CPUs.")
     ] = False,
@@ -190,7 +194,7 @@ def generate(
 
     if processes() > 1:
         raise UserError("generate: run it without torchrun: one process does it alone")
-    vocoder, wanted_threads = load(checkpoint, given.device_of(device)), given.threads_of(threads)
+    vocoder, wanted_threads = load(checkpoint, given.device_of(device), passes), given.threads_of(threads)
     for name, wanted in (("--fused", fused), ("--bf16", bf16)):
         if wanted and not vocoder.model.draws_in_parallel:
             raise typer.BadParameter(f"{name}: is for parallel models, and {checkpoint} draws sample by sample")

@@ -138,7 +138,7 @@ class Experiment:
 
 def speed_settings(recipe: Recipe) -> dict[str, Any]:
     """The parts of a recipe that the speed of its models depends on, as plain values."""
-    return recipe.model_dump(mode="json", include={"seed", *SHARED, "models", "training", "benchmark"})
+    return recipe.model_dump(mode="json", include={"seed", *SHARED, "consistency", "models", "training", "benchmark"})
 
 
 def measured_on(experiment: Experiment) -> str:

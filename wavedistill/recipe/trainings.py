@@ -55,10 +55,14 @@ class DistillationLoss(Section):
     """Of "mc-k"."""
     log_scale: Weight = 0
     """Squared distance of the student's log-scales from the teacher's."""
+    passes: Annotated[int, Field(ge=0, le=16)] = 1
+    """Steps of mel consistency between a draw and the sound that the next two terms hear."""
     spectral: Weight = 0.6
     """Relative distance of short-time spectra from the recording's."""
     log_mel: Weight = 0.2
     """Distance of log-mels from the recording's, nats of amplitude."""
+    drawn_log_mel: Weight = 0
+    """The same of the draw before these steps, so that it is as loud as the recording by itself."""
     contrastive: Weight = 0
     """Less the KL from the teacher under the conditioning of another place, nats a sample."""
     x_reconstruction: Weight = 0
@@ -69,7 +73,7 @@ class DistillationLoss(Section):
     @property
     def weights(self) -> dict[str, float]:
         """Of the terms, by name."""
-        return self.model_dump(exclude={"kl_estimator", "kl_draws"})
+        return self.model_dump(exclude={"kl_estimator", "kl_draws", "passes"})
 
 
 class Distillation(Training):

@@ -11,6 +11,7 @@ from wavedistill.models.waveform import WaveformModel
 from wavedistill.networks.wavenet import WaveNetState
 from wavedistill.sampling.sequential import conditioner_of
 from wavedistill.speech.conditioning import Conditioning
+from wavedistill.speech.consistency import MelConsistency
 from wavedistill.speech.linear_prediction import LinearPrediction
 
 STREAM_VALUES = {"cpu": 100_000, "cuda": 4_000_000}
@@ -19,7 +20,12 @@ STREAM_VALUES = {"cpu": 100_000, "cuda": 4_000_000}
 
 @torch.inference_mode()
 def stream(
-    model: WaveformModel, told: Iterable[Conditioning], noise: Callable[[int], Tensor], *, compiled: bool = False
+    model: WaveformModel,
+    told: Iterable[Conditioning],
+    noise: Callable[[int], Tensor],
+    *,
+    compiled: bool = False,
+    consistency: MelConsistency | None = None,
 ) -> Iterator[Tensor]:
     """The waveform of a parallel model block by block, equal to that of one pass, in memory that does not grow.
 
@@ -32,15 +38,24 @@ def stream(
             included.
         noise: gives the next n values (B, n) of the base noise.
         compiled: whether torch compiles the networks first, for blocks of full length: faster after half a minute.
+        consistency: brings what is drawn to its log-mel, as much later as its latency says.
 
     Yields:
-        Blocks (B, n) of the waveform, each a whole number of hops; together F * hop_length samples.
+        Blocks (B, n) of the waveform; together F * hop_length samples.
 
     Raises:
         ValueError: if the model has a flow that is not inverse autoregressive, or a piece has frames around it.
         RecipeError: if it is to be compiled, and there is no compiler.
     """
-    draw, margin = _ParallelBlocks(model, noise, compiled), model.margin
+    blocks = _blocks(_ParallelBlocks(model, noise, compiled), told, model.margin)
+    if consistency is not None:
+        yield from consistency.stream(blocks)
+    else:
+        yield from (wave for wave, _ in blocks)
+
+
+def _blocks(draw: "_ParallelBlocks", told: Iterable[Conditioning], margin: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks (B, n * hop_length) of the waveform, and their log-mels (B, n_mels, n)."""
     known: Conditioning | None = None  # and not drawn yet, but for the margin before it
     for piece in told:
         if piece.margin:
@@ -48,7 +63,8 @@ def stream(
         known = piece if known is None else known.followed_by(piece)
         while (ready := known.frames - 2 * margin) > 0:
             count = min(draw.most_frames, ready)
-            yield draw(known.block(margin, count, margin))
+            here = known.block(margin, count, margin)
+            yield draw(here), here.within(0).mel
             known = known.block(count, known.frames - count)
 
 

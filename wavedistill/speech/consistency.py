@@ -48,7 +48,7 @@ class MelConsistency(nn.Module):
 
     @property
     def latency(self) -> int:
-        """Samples of the waveform after a sample that have to be known for it, less than a hop aside."""
+        """Samples of the waveform after a sample that have to be known for it, and at most a hop more a step."""
         return self.passes * (self.n_fft - self.hop_length)
 
     def forward(self, wave: Tensor, log_mel: Tensor) -> Tensor:
@@ -84,10 +84,12 @@ class MelConsistency(nn.Module):
 
     def changes(self, cut: Tensor, log_mel: Tensor) -> Tensor:
         """What a step adds to each frame (B, F, n_fft) of a waveform, times the window, given (B, n_mels, F)."""
-        spectrum = torch.fft.rfft(cut * self.window)
-        drawn = (spectrum.abs() @ self.filters).clamp_min(MEL_FLOOR).log()
-        gain = ((log_mel.transpose(1, 2) - drawn) @ self.spread).clamp(-MOST_GAIN, MOST_GAIN).expm1()
-        return torch.fft.irfft(spectrum * gain, self.n_fft) * self.window
+        filters, spread, window = (each.to(cut.dtype) for each in (self.filters, self.spread, self.window))
+        with torch.autocast(cut.device.type, enabled=False):
+            spectrum = torch.fft.rfft(cut * window)
+            drawn = (spectrum.abs() @ filters).clamp_min(MEL_FLOOR).log()
+            gain = ((log_mel.transpose(1, 2) - drawn) @ spread).clamp(-MOST_GAIN, MOST_GAIN).expm1()
+            return torch.fft.irfft(spectrum * gain, self.n_fft) * window
 
     def weights(self, frames: int) -> Tensor:
         """The squared windows of so many frames, overlapped (1, (frames - 1) * hop_length + n_fft or more)."""

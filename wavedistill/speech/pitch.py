@@ -64,17 +64,19 @@ class PeriodicSource(nn.Module):
         self.hop_length, self.sample_rate, self.ahead = settings.hop_length, settings.sample_rate, ahead
 
     def forward(self, f0: Tensor, phase: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Source (B, F * hop + ahead, 4) of the middle frames of f0 (B, F + 2), and the phase (B,) in periods after F * hop.
+        """Source (B, F * hop + ahead, 4) of the middle of f0 (B, F + 2), and the phase (B,) after F frames, in periods.
 
         Args:
             f0: one more frame on either side, towards which F0 is interpolated.
             phase: (B,) before the first sample, in periods, as the call for the frames before gave it; 0 by default.
         """
         kind, f0 = f0.dtype, f0.double()  # a phase in float32 would be lost after some minutes
-        length = (f0.shape[1] - 2) * self.hop_length
+        frames = f0.shape[1] - 2
+        length = frames * self.hop_length
         # Of the frame after the last, the half that does not need its successor.
-        here, following = (f0[:, 1:], F.pad(f0[:, 2:], (0, 1))) if self.ahead else (f0[:, 1:-1], f0[:, 2:])
-        before, after = (torch.where(other > 0, other, here) for other in (f0[:, : here.shape[1]], following))
+        known = frames + 1 if self.ahead else frames
+        here, following = f0[:, 1 : 1 + known], F.pad(f0, (0, 1))[:, 2 : 2 + known]
+        before, after = (torch.where(other > 0, other, here) for other in (f0[:, :known], following))
         # Of each sample in its hop, from -1/2 to 1/2.
         place = (torch.arange(self.hop_length, device=f0.device) + 0.5) / self.hop_length - 0.5
         slope = torch.where(place < 0, (here - before)[..., None], (after - here)[..., None])

@@ -14,6 +14,7 @@ from wavedistill.recipe.trainings import Distillation as Settings
 from wavedistill.sampling.sequential import sample
 from wavedistill.speech.audio import mel_filters
 from wavedistill.speech.conditioning import Conditioning
+from wavedistill.speech.consistency import MelConsistency
 from wavedistill.tools.errors import RecipeError
 from wavedistill.tools.random import Streams, each, random_stream
 from wavedistill.training.losses import (
@@ -79,16 +80,31 @@ class Objective(Generic[Known]):
         settings = recipe.training[name]
         assert isinstance(settings, Settings)
         self.teacher, self.name, self.loss, self.n_ffts = teacher, name, settings.loss, settings.spectral_n_ffts
-        self.filters = log_mel_filters(recipe, self.n_ffts, device) if self.loss.log_mel else {}
+        log_mels = self.loss.log_mel or self.loss.drawn_log_mel
+        self.filters = log_mel_filters(recipe, self.n_ffts, device) if log_mels else {}
+        self.consistency = MelConsistency(recipe.audio, self.loss.passes).to(device)
 
-    def spectra(self, x: Tensor, recorded: Tensor) -> dict[str, Tensor]:
-        """The terms (B,) that have a weight, for the student's waveform and the recording (B, T)."""
-        found = {}
+    def spectra(self, x: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The terms (B,) that have a weight, for the student's waveform (B, T) and the recording."""
+        found, recorded = {}, batch.audio
+        if self.loss.drawn_log_mel:
+            found["drawn_log_mel"] = log_mel_distance(x, recorded, self.filters)
+        heard = self.consistent(x, batch) if self.loss.spectral or self.loss.log_mel else x
         if self.loss.spectral:
-            found["spectral"] = spectral_distance(x, recorded, self.n_ffts)
+            found["spectral"] = spectral_distance(heard, recorded, self.n_ffts)
         if self.loss.log_mel:
-            found["log_mel"] = log_mel_distance(x, recorded, self.filters)
+            found["log_mel"] = log_mel_distance(heard, recorded, self.filters)
         return found
+
+    def consistent(self, x: Tensor, batch: Batch) -> Tensor:
+        """The student's waveform (B, T) brought to its log-mel, whose frames see the recording on either side of it."""
+        told, hop = batch.conditioning, self.consistency.hop_length
+        frames = min(told.margin, -(-self.consistency.overlap // hop))
+        before, after = ((told.margin + shift) * hop for shift in (-frames, told.frames))
+        around = batch.with_margins
+        pieces = [around[:, before : told.margin * hop], x, around[:, after : after + frames * hop]]
+        inside = slice(frames * hop, frames * hop + x.shape[1])
+        return self.consistency(torch.cat(pieces, 1), told.within(frames).mel)[:, inside]
 
 
 class Distillation(Objective[WaveformModel]):
@@ -124,9 +140,9 @@ class Distillation(Objective[WaveformModel]):
             recorded, _ = self.teacher.analyse(dequantise(batch.with_margins, streams), told)
             rebuilt, _ = q.to_x(p.conditionals(recorded).noise(recorded))
             found["x_reconstruction"] = (rebuilt - recorded).square()
-        if weights.spectral or weights.log_mel:
+        if weights.spectral or weights.log_mel or weights.drawn_log_mel:
             x, _ = student.shared(residual, student.shared_context(told))
-            found |= self.spectra(x, batch.audio)
+            found |= self.spectra(x, batch)
         return {name: term.mean() for name, term in found.items()}
 
     def _kl(
@@ -167,7 +183,7 @@ class FromDensity(Objective[Teacher]):
             with torch.autocast(x.device.type, enabled=False):
                 return one_draw_kl(log_q, _Checked(self.teacher(told.mel_alone()), self.name), x)
 
-        found = {"kl": kl(told), **self.spectra(x, batch.audio)}
+        found = {"kl": kl(told), **self.spectra(x, batch)}
         if self.loss.contrastive:
             found["contrastive"] = -kl(told.elsewhere())
         if student.pitch is not None:

@@ -15,6 +15,7 @@ from wavedistill.sampling.sequential import sample
 from wavedistill.sampling.streaming import slices, stream
 from wavedistill.speech import audio
 from wavedistill.speech.conditioning import Conditioning
+from wavedistill.speech.consistency import MelConsistency
 from wavedistill.speech.foreign import examine, examine_f0
 from wavedistill.speech.heard import Heard
 from wavedistill.tools.errors import AudioError
@@ -33,14 +34,14 @@ OTHER_ARRAYS = {
 """What log-mels come in, too, and how to make a `.npy` file of it."""
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> "Vocoder":
-    """A trained model from its checkpoint, ready for use on a device.
+def load(path: str | Path, device: torch.device | str = "cpu", passes: int | None = None) -> "Vocoder":
+    """A trained model from its checkpoint, ready for use on a device, with so many passes or its recipe's.
 
     Raises:
         CheckpointError: if there is none at the path, or none that fits this version.
     """
     loaded = load_model(Path(path), device)
-    return Vocoder(loaded.name, loaded.recipe, loaded.heard, loaded.model)
+    return Vocoder(loaded.name, loaded.recipe, loaded.heard, loaded.model, passes)
 
 
 class Vocoder:
@@ -51,14 +52,19 @@ class Vocoder:
         recipe: that it was trained by.
         heard: what it was trained on.
         model: the density.
+        passes: steps of mel consistency after a draw; those of the recipe by default.
 
     Attributes:
         sample_rate: of its waveforms, in Hz.
     """
 
-    def __init__(self, name: str, recipe: Recipe, heard: Heard, model: WaveformModel) -> None:
+    def __init__(
+        self, name: str, recipe: Recipe, heard: Heard, model: WaveformModel, passes: int | None = None
+    ) -> None:
         self.name, self.recipe, self.heard, self.model = name, recipe, heard, model
         self.sample_rate = recipe.audio.sample_rate
+        steps = recipe.consistency.passes if passes is None else passes
+        self.consistency = MelConsistency(recipe.audio, steps).to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +88,7 @@ class Vocoder:
         return self.model(Conditioning(self._padded(mel).to(self.device), self.model.margin))
 
     def vocode(self, source: Tensor | str | Path, seed: int = 0, temperature: float = 1.0) -> Tensor:
-        """A waveform (F * hop_length,) for a log-mel (n_mels, F), or for a file of audio or of one.
+        """A waveform (F * hop_length,) for a log-mel (n_mels, F), or for a file of audio or of one, that has it.
 
         Args:
             source: the log-mel, or the file.
@@ -94,7 +100,9 @@ class Vocoder:
         """
         if not isinstance(source, Tensor):
             return self.of_file(Path(source), seed, temperature)[0]
-        return self.sample(source, seed, temperature)
+        drawn = self.sample(source, seed, temperature)[None].to(self.device)
+        with torch.inference_mode():
+            return self.consistency(drawn, source[None].to(drawn))[0].cpu()
 
     def sample(self, mel: Tensor, seed: int = 0, temperature: float = 1.0) -> Tensor:
         """A draw (F * hop_length,) from the density given a log-mel (n_mels, F); arguments as in `vocode`."""
@@ -162,8 +170,8 @@ class Vocoder:
         """Blocks (1, n) of the waveform that the model draws from pieces of conditioning, with all noise (1, T)."""
         if self.model.draws_in_parallel:
             with torch.autocast(noise.device.type, torch.bfloat16, enabled=bf16):
-                yield from stream(self.model, told, slices(noise), compiled=fused)
+                yield from stream(self.model, told, slices(noise), compiled=fused, consistency=self.consistency)
         else:
-            mel = torch.cat([piece.mel for piece in told], -1)
+            whole = Conditioning(torch.cat([piece.mel for piece in told], -1), self.model.margin)
             with torch.inference_mode():
-                yield sample(self.model(Conditioning(mel, self.model.margin)), noise, label=label)
+                yield self.consistency(sample(self.model(whole), noise, label=label), whole.within(0).mel)

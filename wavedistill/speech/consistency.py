@@ -11,6 +11,8 @@ from wavedistill.speech.audio import MEL_FLOOR, mel_filters
 
 MOST_GAIN = 6.0
 """Nats of amplitude by which a step raises or lowers a bin at most."""
+MOMENTUM = 0.6
+"""Of a step, on top of where the one before led: four steps with it are worth six without."""
 WEIGHT_FLOOR = 1e-3
 """Of squared windows in sum, about 1.5 where there are four to a window: less counts as this much."""
 
@@ -23,6 +25,7 @@ class MelConsistency(nn.Module):
 
     .. math:: X_{kf} \leftarrow X_{kf} \exp \frac{\sum_b M_{bk} (m_{bf} - \log \sum_j M_{bj} |X_{jf}|)}{\sum_b M_{bk}}
 
+    From the second step on, X is that of :math:`x_i + \mu (x_i - x_{i-1})` (Perraudin et al. 2013, for phases).
     Phase and fine structure stay the draw's own. The spectrum is that of `LogMel`. Differentiable; no bijection, so the
     density of a draw is that before the step. One batch of matrix products, no loop over time, no synchronisation.
 
@@ -56,10 +59,12 @@ class MelConsistency(nn.Module):
         frames = log_mel.shape[-1]
         weight = self.weights(frames)
         inside = slice(self.overlap, self.overlap + wave.shape[1])
+        before = wave
         for _ in range(self.passes):
-            padded = F.pad(wave, (self.overlap, self.overlap))
+            start = _beyond(wave, before)
+            padded = F.pad(start, (self.overlap, self.overlap))
             change = self.overlapped(self.changes(padded.unfold(1, self.n_fft, self.hop_length), log_mel))
-            wave = wave + _mean(change, weight)[:, inside]
+            wave, before = start + _mean(change, weight)[:, inside], wave
         return wave
 
     def stream(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
@@ -71,14 +76,15 @@ class MelConsistency(nn.Module):
         steps: list[_Step] = []
         for wave, log_mel in pieces:
             steps = steps or [_Step(self, wave, log_mel) for _ in range(self.passes)]
+            before = wave
             for step in steps:
-                wave = step.given(wave, log_mel)
+                wave, before = step.given(wave, before, log_mel)
             if wave.shape[1]:
                 yield wave
         for number, step in enumerate(steps):
-            wave = step.rest()
+            wave, before = step.rest()
             for later in steps[number + 1 :]:
-                wave = later.given(wave)
+                wave, before = later.given(wave, before)
             if wave.shape[1]:
                 yield wave
 
@@ -110,38 +116,52 @@ class _Step:
 
     def __init__(self, consistency: MelConsistency, wave: Tensor, log_mel: Tensor) -> None:
         self.consistency, self.before = consistency, consistency.overlap  # silence, which nobody wants back
-        self.wave, self.log_mel = wave.new_zeros(len(wave), consistency.overlap), log_mel[..., :0]
+        self.wave = self.start = wave.new_zeros(len(wave), consistency.overlap)
+        self.log_mel = log_mel[..., :0]
         self.ahead = consistency.n_fft - consistency.hop_length
         self.change, self.weight = wave.new_zeros(len(wave), self.ahead), wave.new_zeros(1, self.ahead)
 
-    def given(self, wave: Tensor, log_mel: Tensor | None = None) -> Tensor:
-        """What no frame will change any more (B, any number), now that a piece more is known."""
+    def given(self, wave: Tensor, before: Tensor, log_mel: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What no frame will change any more (B, any number), and what it was, now that a piece more is known.
+
+        Args:
+            wave: the piece.
+            before: what it was before the step before.
+            log_mel: the frames that are known with it.
+        """
         hop, n_fft = self.consistency.hop_length, self.consistency.n_fft
         self.wave = torch.cat([self.wave, wave], 1)
+        self.start = torch.cat([self.start, _beyond(wave, before)], 1)
         if log_mel is not None:
             self.log_mel = torch.cat([self.log_mel, log_mel], -1)
         frames = min((self.wave.shape[1] - self.ahead) // hop, self.log_mel.shape[-1])
         if frames <= 0:
-            return wave[:, :0]
+            return wave[:, :0], wave[:, :0]
         done = frames * hop
-        cut = self.wave.unfold(1, n_fft, hop)[:, :frames]
+        cut = self.start.unfold(1, n_fft, hop)[:, :frames]
         change = self.consistency.overlapped(self.consistency.changes(cut, self.log_mel[..., :frames]))
         weight = self.consistency.weights(frames)
         change[:, : self.ahead] += self.change
         weight[:, : self.ahead] += self.weight
-        ready = self.wave[:, :done] + _mean(change[:, :done], weight[:, :done])
+        ready, was = self.start[:, :done] + _mean(change[:, :done], weight[:, :done]), self.wave[:, :done]
         self.change, self.weight = (each[:, done : done + self.ahead].clone() for each in (change, weight))
-        self.wave, self.log_mel = self.wave[:, done:], self.log_mel[..., frames:]
+        self.wave, self.start, self.log_mel = self.wave[:, done:], self.start[:, done:], self.log_mel[..., frames:]
         skipped = min(self.before, done)
         self.before -= skipped
-        return ready[:, skipped:]
+        return ready[:, skipped:], was[:, skipped:]
 
-    def rest(self) -> Tensor:
-        """What is left (B, any number), once silence follows."""
+    def rest(self) -> tuple[Tensor, Tensor]:
+        """What is left (B, any number), and what it was, once silence follows."""
         silence = self.wave.new_zeros(len(self.wave), self.consistency.overlap)
-        last = self.given(silence)
+        ready, was = self.given(silence, silence)
         left = self.wave.shape[1] - self.consistency.overlap
-        return torch.cat([last, self.wave[:, :left] + _mean(self.change[:, :left], self.weight[:, :left])], 1)
+        last = self.start[:, :left] + _mean(self.change[:, :left], self.weight[:, :left])
+        return torch.cat([ready, last], 1), torch.cat([was, self.wave[:, :left]], 1)
+
+
+def _beyond(wave: Tensor, before: Tensor) -> Tensor:
+    """Where a step starts: beyond where the one before led."""
+    return torch.lerp(before, wave, 1 + MOMENTUM)
 
 
 def _mean(change: Tensor, weight: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def read(paths: Sequence[Path], clips: Sequence[Tensor], settings: Audio) -> list[Tensor]:
-    """What files hold, as long as the clips (T,) they stand for, and as loud as it is.
+    """What files hold, of mean 0, as long as the clips (T,) they stand for, and no louder or softer than it is.
 
     Raises:
         AudioError: if one is not audio, or more than some hops longer or shorter than its clip.

@@ -77,7 +77,7 @@ def test_a_cuda_without_a_gpu_is_nobodys_worry(caplog: pytest.LogCaptureFixture)
     assert "No CUDA" not in caplog.text
 
 
-SYSTEMS = {"recorded", "teacher", "student", "griffin_lim", "whisper"}
+SYSTEMS = {"recorded", "teacher", "student", "griffin_lim", "source_filter", "whisper"}
 
 
 @pytest.fixture(scope="session")
@@ -122,8 +122,8 @@ def test_metrics_hold_the_promised_figures(tiny_run: Path) -> None:
     assert all(load_model(tiny_run / kind / "checkpoint.safetensors").step > 0 for kind in ("teacher", "student"))
     assert teacher["nll_before_training"] < density["level_gaussian_nll"] - 2
     assert teacher["nll_shuffled_conditioning"] > teacher["nll"]
-    assert set(metrics["synthesis"]) == SYSTEMS
-    for scores in metrics["synthesis"].values():
+    assert set(metrics["synthesis"]) == set(metrics["as_drawn"]) == SYSTEMS
+    for scores in (*metrics["synthesis"].values(), *metrics["as_drawn"].values()):
         assert set(scores) == {
             "pesq_wb",
             "stoi",
@@ -135,14 +135,21 @@ def test_metrics_hold_the_promised_figures(tiny_run: Path) -> None:
             "periodicity",
             "level_difference_db",
             "tilt_difference_db",
+            "aperiodicity_db",
+            "aperiodicity_bias_db",
+            "teacher_log_likelihood",
         }
-    recorded, griffin_lim, whisper = (metrics["synthesis"][name] for name in ("recorded", "griffin_lim", "whisper"))
+    recorded, griffin_lim, whisper = (metrics["as_drawn"][name] for name in ("recorded", "griffin_lim", "whisper"))
     assert recorded["stoi"] == pytest.approx(1, abs=1e-4)
     assert recorded["lsd_db"] == recorded["mcd_db"] == recorded["f0_rmse_cents"] == 0
     assert recorded["vuv_f1"] == 1
     assert griffin_lim["stoi"] > 0.7
     assert whisper["periodicity"] < 0.5 * recorded["periodicity"]
     assert whisper["vuv_f1"] < 0.5
+    for name in SYSTEMS - {"recorded"}:
+        assert metrics["synthesis"][name]["mcd_db"] < metrics["as_drawn"][name]["mcd_db"], "nearer to the log-mel"
+    pulses = metrics["synthesis"]["source_filter"]["aperiodicity_bias_db"]
+    assert pulses < metrics["synthesis"]["whisper"]["aperiodicity_bias_db"]
     assert set(metrics["pitch_from_mel"]["student"]) == {"f0_rmse_cents", "vuv_f1"}
     about = metrics["about"]
     assert {"cpu", "torch", "date"} <= set(about["machine"])
@@ -160,7 +167,7 @@ def test_gates_are_applied_to_the_student_and_named_where_they_fail(tiny_run: Pa
     metrics = json.loads((tiny_run / "metrics.json").read_text())
     assert set(metrics["gates"]) == {"student"}, "the model that draws in parallel"
     gates, student = metrics["gates"]["student"], metrics["synthesis"]["student"]
-    assert set(gates) == {"level_db", "tilt_db", "vuv_f1", "periodicity", "better_scores"}
+    assert set(gates) == set(Gates.model_fields)
     assert gates["level_db"]["value"] >= abs(student["level_difference_db"])
     assert gates["vuv_f1"]["value"] == student["vuv_f1"]
     page = (tiny_run / "report.html").read_text()
@@ -179,6 +186,9 @@ def test_gates_are_applied_to_the_student_and_named_where_they_fail(tiny_run: Pa
         ([{"vuv_f1": 0.5}], {"vuv_f1"}),
         ([{"periodicity": 0.3}], {"periodicity"}),
         ([{"vuv_f1": None, "periodicity": None}], {"vuv_f1", "periodicity"}),
+        ([{"aperiodicity_db": 4.0}], {"aperiodicity_db"}),
+        ([{"aperiodicity_bias_db": 3.0}, {"aperiodicity_bias_db": -3.0}], {"aperiodicity_bias_db"}),
+        ([{"aperiodicity_db": None, "aperiodicity_bias_db": None}], {"aperiodicity_db", "aperiodicity_bias_db"}),
         ([{"pesq_wb": 2.0}], {"better_scores"}),
         ([{"pesq_wb": None}], {"better_scores"}),
         ([{"pesq_wb": 2.0, "stoi": 0.98}], set()),
@@ -191,6 +201,8 @@ def test_each_gate_catches_its_own_fault(changes: list[dict[str, float | None]],
         "tilt_difference_db": 0.5,
         "vuv_f1": 0.95,
         "periodicity": 0.8,
+        "aperiodicity_db": 2.5,
+        "aperiodicity_bias_db": -0.5,
         "pesq_wb": 2.3,
         "stoi": 0.93,
         "mcd_db": 3.0,

@@ -9,7 +9,7 @@ from tests.conftest import one_draw, told
 from tests.test_audio import corpus
 from wavedistill.corpus.segments import dequantise
 from wavedistill.corpus.utterances import read_samples
-from wavedistill.evaluation.densities import DEQUANTISE, DRAW, densities
+from wavedistill.evaluation.densities import DEQUANTISE, DRAW, densities, log_likelihoods
 from wavedistill.experiment.folder import Experiment
 from wavedistill.models.kinds import build
 from wavedistill.recipe.recipe import Recipe
@@ -41,6 +41,11 @@ def test_a_likelihood_is_that_of_every_sample_dequantised(tmp_path: Path, tiny: 
     own = [negative_log_likelihood(teacher(mel), wave) for mel, wave in zip(mels, noisy, strict=True)]
     assert abs(own[0] - own[1]) > 1e-3, "so that the weights matter"
     assert found["nll"] == pytest.approx(mean(own), abs=1e-7)
+    clips = [wave[0] for wave in waves]
+    likely = log_likelihoods(tiny, teacher, clips, clips)
+    assert likely == pytest.approx([-float(value) for value in own], abs=1e-6), "the recordings' own"
+    louder = log_likelihoods(tiny, teacher, clips, [1.5 * clip for clip in clips])
+    assert all(a != b for a, b in zip(likely, louder, strict=True))
     first, second = (each.mel for each in mels)
     others = [second[..., : first.shape[-1]], first.repeat(1, 1, 4)[..., : second.shape[-1]]]
     swapped = [

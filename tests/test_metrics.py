@@ -193,3 +193,22 @@ def test_f1_counts_what_is_claimed_as_well_as_what_is_found() -> None:
     """One of three voiced frames found and nothing claimed beside it: recall 1/3, precision 1."""
     voiced, found = torch.tensor([100.0, 100, 100, 0]), torch.tensor([100.0, 0, 0, 0])
     assert metrics.f0_agreement(voiced, found)["vuv_f1"] == pytest.approx(2 * 1 / (3 + 1))
+
+
+def test_aperiodicity_is_more_with_noise_and_less_with_pulses(tiny: Recipe) -> None:
+    """Against itself none; a silence and a hiss have nothing voiced to compare."""
+    voice = buzz() + 0.2 * hiss()
+    scorer = metrics.Scorer(voice, tiny.audio)
+    own, noisier, buzzing = (scorer(sound) for sound in (voice, voice + hiss(), buzz()))
+    assert own["aperiodicity_db"] == own["aperiodicity_bias_db"] == 0
+    assert noisier["aperiodicity_bias_db"] > 1
+    assert buzzing["aperiodicity_bias_db"] < -1
+    for found in (noisier, buzzing):
+        assert found["aperiodicity_db"] > abs(found["aperiodicity_bias_db"])
+    nothing = {"aperiodicity_db": None, "aperiodicity_bias_db": None}
+    assert metrics.aperiodicity_difference(voice, voice, torch.zeros(120), tiny.audio) == nothing
+
+
+def test_aperiodicity_does_not_hear_the_level(tiny: Recipe) -> None:
+    voice = buzz() + 0.3 * hiss()
+    assert metrics.Scorer(voice, tiny.audio)(0.5 * voice)["aperiodicity_db"] == pytest.approx(0, abs=1e-3)

@@ -104,14 +104,15 @@ def test_a_users_density_is_distilled_scored_and_forgotten(tmp_path: Path, own: 
     done = shell("run", "own.toml", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "exp/own/metrics.json").read_text())
-    density, synthesis = found["density"]["models"], found["synthesis"]
+    density, synthesis = found["density"]["models"], found["as_drawn"]
     # Of Gaussians with log-scales that differ by ln 2, in closed form.
     start = 0.5 * (4 - 1) - math.log(2)
     assert abs(density["student"]["kl_before_training"] - start) < 0.1
     assert density["student"]["kl"] < 0.1 * start
     assert density["student"]["kl_from"] == "teacher of student"
     assert set(density["teacher of student"]) == {"nll", "nll_shuffled_conditioning", "bits_per_sample_given_log_mel"}
-    assert set(synthesis) == {"recorded", "student", "griffin_lim", "whisper"}
+    assert set(synthesis) == {"recorded", "student", "griffin_lim", "source_filter", "whisper"}
+    assert {scores["teacher_log_likelihood"] for scores in synthesis.values()} == {None}, "no model of the recipe"
     level = synthesis["student"]["level_difference_db"]
     assert level is not None
     assert abs(level + 20 * math.log10(2)) < 1.5, "half as loud, as the teacher is"

@@ -1,5 +1,6 @@
 """What commands are given, and what it stands for."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +31,23 @@ Threads = Annotated[
         metavar="N", help="Threads of the CPU; `auto` measures which number is faster, and keeps a training's."
     ),
 ]
+
+
+def also_of(systems: list[str], trainings: list[str]) -> dict[str, Path]:
+    """The folders of other systems' clips, by the names that `--also` gives them."""
+    from wavedistill.evaluation.verdict import UNTRAINED
+
+    found: dict[str, Path] = {}
+    for system in systems:
+        name, _, folder = system.partition("=")
+        if not re.fullmatch("[a-z][a-z0-9_]*", name) or not folder:
+            raise typer.BadParameter(f"--also {system}: give NAME=FOLDER, with a name of small letters, digits and _")
+        if name in ("recorded", *trainings, *UNTRAINED, *found):
+            raise typer.BadParameter(f"--also {system}: there is a system {name} already; give another name")
+        found[name] = Path(folder).expanduser()
+        if not found[name].is_dir():
+            raise typer.BadParameter(f"--also {system}: {folder} is no folder")
+    return found
 
 
 def known(name: str, names: list[str]) -> str:

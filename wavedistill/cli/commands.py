@@ -115,11 +115,35 @@ SINGLE = {
     "prepare": "Turn a corpus into mono, trimmed, level-normalised utterances with train, valid and test splits.",
     "teacher": "Train the model of this name; so does the name of any other training of a recipe.",
     "student": "Train the model of this name, of what its recipe says.",
-    "evaluate": "Measure densities, and score copy-synthesis of the test split.",
     "report": "Show the experiment on one self-contained page: sound, spectrograms, losses, speed and scores.",
 }
 for _name, _help in SINGLE.items():
     app.command(_name, help=_help, rich_help_panel="Single stages")(_single(_name))
+
+
+@app.command(rich_help_panel="Single stages")
+def evaluate(
+    recipe: given.RecipePath,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="Score another system's clips, too: wav files named and cut as in `samples/recorded`; repeatable.",
+        ),
+    ] = None,
+    overrides: given.Overrides = None,
+    root: given.Root = Path("exp"),
+    device: given.Device = "auto",
+    threads: given.Threads = "auto",
+) -> None:
+    """Measure densities, and score copy-synthesis of the test split."""
+    experiment = given.experiment_of(recipe, overrides, root, device, threads)
+    names = list(experiment.recipe.training)
+    others = given.also_of(also or [], names)
+    from wavedistill.experiment.stage import run_stage
+    from wavedistill.stages.evaluate import stage
+
+    typer.echo(run_stage(stage(names, others), experiment))
 
 
 @app.command(rich_help_panel="Single stages")

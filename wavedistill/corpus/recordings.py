@@ -96,6 +96,16 @@ def read(path: Path, sample_rate: int, most_clipped: float = 1.0) -> Tensor:
     return torch.from_numpy(out[:length])
 
 
+def rate(path: Path) -> int:
+    """The sample rate in Hz that a recording says it has.
+
+    Raises:
+        AudioError: if it is none.
+    """
+    with _naming(path), _opened(path) as file:
+        return int(file.samplerate)
+
+
 def seconds(path: Path) -> float:
     """How long a recording says that it is; 0 where it does not say."""
     try:

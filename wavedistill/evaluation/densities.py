@@ -17,7 +17,7 @@ from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.recipe.sections import Audio
-from wavedistill.speech.audio import LogMel
+from wavedistill.speech.audio import PCM16_STEPS, LogMel, to_pcm16
 from wavedistill.speech.conditioning import Conditioning
 from wavedistill.speech.pitch import PITCH_CONTEXT, PitchPredictor
 from wavedistill.tools.progress import progress
@@ -118,6 +118,24 @@ def densities(
         "models": dict(found),
         "test_seconds": float(lengths.sum()) / recipe.audio.sample_rate,
     }
+
+
+@torch.no_grad()
+def log_likelihoods(
+    recipe: Recipe, model: WaveformModel, clips: Sequence[Tensor], waves: Sequence[Tensor]
+) -> list[float]:
+    """Log-likelihood in nats a sample of each wave (T,), as a file of 16 bits has it, given the log-mel of its clip.
+
+    Dequantised as in `densities`; of the recordings themselves, it is the negative of the `nll` there.
+    """
+    log_mel, device = LogMel(recipe.audio), next(model.parameters()).device
+    found = []
+    for i, (clip, wave) in enumerate(zip(clips, waves, strict=True)):
+        told = Conditioning(log_mel.of_file(clip[None], model.margin), model.margin).to(device)
+        stored = torch.from_numpy(to_pcm16(wave)).float() / PCM16_STEPS
+        noisy = dequantise(stored[None].to(device), [random_stream(recipe.seed, DEQUANTISE, i)])
+        found.append(-negative_log_likelihood(model(told), noisy).item())
+    return found
 
 
 @torch.no_grad()

@@ -1,12 +1,15 @@
 """The systems that are scored, which make speech of log-mels: models, and what needs no training."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import librosa
 import numpy as np
 import torch
 from torch import Tensor
 
+from wavedistill.evaluation import metrics
+from wavedistill.evaluation.verdict import COMPARED, mean
 from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.recipe import Recipe
@@ -14,17 +17,79 @@ from wavedistill.recipe.sections import Audio
 from wavedistill.sampling.sequential import sample
 from wavedistill.speech.audio import LOG_MEL_FLOOR, LogMel, mel_filters, pad_frames
 from wavedistill.speech.conditioning import Conditioning
+from wavedistill.speech.consistency import MelConsistency
+from wavedistill.speech.pitch import PITCH_CONTEXT, PeriodicSource, track_f0
 from wavedistill.tools.random import random_stream
 
-SYNTHESISE = 12
-"""A purpose of random streams."""
+SYNTHESISE, SOURCE = 12, 13
+"""Purposes of random streams."""
+SHARES = (0.5, 0.65, 0.8, 0.9, 0.95)
+"""Of the pulse train in the power of a voiced source, that are tried."""
+
+
+class SourceFilter:
+    """Speech without a trained density: pulses and noise through the last transform of a recipe's models.
+
+    F0 is that which a model of the recipe predicts from the log-mel, a parallel one if it can; tracked in the recording
+    where none does.
+
+    Args:
+        recipe: of the experiment.
+        models: the trained ones by name, on a device.
+        clips: recordings (T,) on which the share of the pulse train is chosen, held out from every training and test.
+
+    Attributes:
+        about: the share of the pulse train in the power of voiced sound, what chose it, and where F0 is from.
+    """
+
+    def __init__(self, recipe: Recipe, models: Mapping[str, WaveformModel], clips: Sequence[Tensor]) -> None:
+        ordered = sorted(models.values(), key=lambda model: not model.draws_in_parallel)
+        self.recipe, self.model = recipe, ordered[0]
+        self.pitch = next((model.pitch for model in ordered if model.pitch is not None), None)
+        self.source = PeriodicSource(recipe.audio)
+        found = {}
+        for share in SHARES:
+            waves = consistent(recipe, self(clips, share), clips)
+            pairs = zip(clips, waves, strict=True)
+            found[share] = mean([metrics.likeness(clip, wave, recipe.audio) for clip, wave in pairs])
+        name = next(name for name in COMPARED if all(scores[name] is not None for scores in found.values()))
+        self.share = max(SHARES, key=lambda share: COMPARED[name].sign * (found[share][name] or 0))
+        self.about: dict[str, Any] = {
+            "share": self.share,
+            "chosen_by": name,
+            "f0": "tracked in the recording" if self.pitch is None else "predicted from the log-mel",
+        }
+
+    @torch.no_grad()
+    def __call__(self, clips: Sequence[Tensor], share: float | None = None) -> list[Tensor]:
+        """Clips (T,) anew, with another share of the pulse train than the one that was chosen if given."""
+        share = self.share if share is None else share
+        device = next(self.model.parameters()).device
+        log_mel = LogMel(self.recipe.audio)
+        waves = []
+        for i, clip in enumerate(clips):
+            mel = log_mel.of_file(clip[None], PITCH_CONTEXT + 1).to(device)
+            if self.pitch is None:
+                f0 = torch.nn.functional.pad(track_f0(clip, self.recipe.audio)[None], (1, 1)).to(device)
+            else:
+                f0 = self.pitch(mel)
+            pulse, voiced = self.source(f0)[0][..., 2:].unbind(-1)
+            noise = torch.randn(1, len(clip), generator=random_stream(self.recipe.seed, SOURCE, i)).to(device)
+            excitation = share**0.5 * pulse + (1 - share * voiced).sqrt() * noise
+            wave, _ = self.model.shared(excitation, self.model.shared_context(Conditioning(mel, PITCH_CONTEXT + 1)))
+            waves.append(wave[0].cpu().clamp(-1, 1))
+        return waves
 
 
 @torch.inference_mode()
 def synthesise(
-    recipe: Recipe, models: Mapping[str, WaveformModel], clips: Sequence[Tensor], device: torch.device
+    recipe: Recipe,
+    models: Mapping[str, WaveformModel],
+    source_filter: SourceFilter,
+    clips: Sequence[Tensor],
+    device: torch.device,
 ) -> dict[str, Sequence[Tensor]]:
-    """Clips (T,) as every system copies them, by the name of the system, and as they were recorded.
+    """Clips (T,) as every system draws them, by the name of the system, and as they were recorded.
 
     Models are given the log-mel alone. `whisper` is what the first parallel one is before training: white noise through
     the last transform, linear prediction for instance.
@@ -44,9 +109,20 @@ def synthesise(
     for name, model in models.items():
         systems[name] = drawn(model, None if model.draws_in_parallel else f"{name} samples")
     systems["griffin_lim"] = [griffin_lim(log_mel.of_file(clip[None])[0], recipe.audio) for clip in clips]
+    systems["source_filter"] = source_filter(clips)
     if parallel := [name for name, model in models.items() if model.draws_in_parallel]:
         systems["whisper"] = drawn(build(recipe, parallel[0], recipe.seed).to(device))
     return systems
+
+
+@torch.no_grad()
+def consistent(recipe: Recipe, waves: Sequence[Tensor], clips: Sequence[Tensor]) -> list[Tensor]:
+    """Waves (T,) after the recipe's steps towards the log-mels of the clips (T,) they were drawn for."""
+    log_mel, towards = LogMel(recipe.audio), MelConsistency(recipe.audio, recipe.consistency.passes)
+    return [
+        towards(wave[None], log_mel.of_file(clip[None]))[0].clamp(-1, 1)
+        for wave, clip in zip(waves, clips, strict=True)
+    ]
 
 
 def griffin_lim(log_mel: Tensor, settings: Audio, iterations: int = 60) -> Tensor:

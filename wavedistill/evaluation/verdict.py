@@ -7,7 +7,7 @@ from wavedistill.recipe.sections import Gates
 
 Scores = dict[str, float | None]
 """Of one clip, or of a system: by name, None where there is nothing to measure."""
-UNTRAINED = ("griffin_lim", "whisper")
+UNTRAINED = ("griffin_lim", "source_filter", "whisper")
 """Systems that need no training: what a user has for nothing."""
 
 
@@ -69,10 +69,10 @@ def gates(
 ) -> dict[str, dict[str, Any]]:
     """What a model's speech must not fall short of: the value, its threshold, and whether it passed.
 
-    `level_db` and `tilt_db` are means over clips of a difference's magnitude, with a largest value; `vuv_f1`,
-    `periodicity` as a share of the recordings' own, and `better_scores`, the number of scores in which the model is
-    better than every system without training, have a least one. What could not be measured, for instance in silence,
-    has not passed.
+    `level_db`, `tilt_db`, `aperiodicity_db` and `aperiodicity_bias_db` are means over clips of a difference's
+    magnitude, with a largest value; `vuv_f1`, `periodicity` as a share of the recordings' own, and `better_scores`,
+    the number of scores in which the model is better than every system without training, have a least one. What could
+    not be measured, for instance in silence, has not passed.
     """
 
     def magnitude(name: str) -> float | None:
@@ -82,7 +82,12 @@ def gates(
     share = means["periodicity"] / given if means["periodicity"] is not None and given else None
     better = sum(score["gain"] > 0 for score in compared.values())
     least = {"vuv_f1": means["vuv_f1"], "periodicity": share, "better_scores": better}
-    most = {"level_db": magnitude("level_difference_db"), "tilt_db": magnitude("tilt_difference_db")}
+    most = {
+        "level_db": magnitude("level_difference_db"),
+        "tilt_db": magnitude("tilt_difference_db"),
+        "aperiodicity_db": means["aperiodicity_db"],
+        "aperiodicity_bias_db": magnitude("aperiodicity_bias_db"),
+    }
     found = {}
     for name, value in {**most, **least}.items():
         threshold = getattr(thresholds, name)

@@ -212,6 +212,10 @@ class Gates(Section):
     """Least share of the recordings' own periodicity in voiced parts."""
     better_scores: Annotated[int, Field(ge=0, le=3)] = 1
     """Of PESQ, STOI and mel-cepstral distortion, in how many it must be better than any system without training."""
+    aperiodicity_db: PositiveFloat = 3
+    """Largest RMS difference of its aperiodicity from the recordings' in voiced parts."""
+    aperiodicity_bias_db: PositiveFloat = 1
+    """Largest mean difference of it, either way: a buzz has too little, a whisper too much."""
 
 
 class Benchmark(Section):

@@ -15,7 +15,11 @@ from wavedistill.evaluation.verdict import in_words
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.reporting.plots import crossover_plot, speed_plot
 
-BASELINES = {"griffin_lim": "Griffin-Lim (no model)", "whisper": "Noise through linear prediction (a whisper)"}
+BASELINES = {
+    "griffin_lim": "Griffin-Lim (no model)",
+    "source_filter": "Pulses and noise through linear prediction (no model)",
+    "whisper": "Noise through linear prediction (a whisper)",
+}
 SCORES = {
     "pesq_wb": ("PESQ-wb", "1 to 4.6, higher is better", 2),
     "stoi": ("STOI", "0 to 1, higher is better", 3),
@@ -27,12 +31,17 @@ SCORES = {
     "periodicity": ("Periodicity of voiced parts", "a whisper is near 0, speech near 1", 2),
     "level_difference_db": ("Level difference, dB", "near 0", 2),
     "tilt_difference_db": ("Tilt difference, dB", "near 0", 2),
+    "aperiodicity_db": ("Aperiodicity error, dB RMS", "lower is better", 1),
+    "aperiodicity_bias_db": ("Aperiodicity bias, dB", "a buzz is below 0, a whisper above", 1),
+    "teacher_log_likelihood": ("Log-likelihood under the teacher, nats/sample", "near that of the recordings", 2),
 }
 GATES = {
     "level_db": "Level difference, dB, at most",
     "tilt_db": "Tilt difference, dB, at most",
     "vuv_f1": "Voicing, F1, at least",
     "periodicity": "Periodicity of voiced parts, share of the recordings' own, at least",
+    "aperiodicity_db": "Aperiodicity error in voiced parts, dB RMS, at most",
+    "aperiodicity_bias_db": "Aperiodicity bias in voiced parts, dB either way, at most",
     "better_scores": "Scores better than any system without training (PESQ-wb, STOI, cepstral distortion), at least",
 }
 Table = dict[str, Any] | None
@@ -76,6 +85,8 @@ def render(
         recipe=json.dumps(found["recipe"], indent=1),
         density=found["density"],
         synthesis=found["synthesis"],
+        as_drawn=found["as_drawn"] if recipe.consistency.passes else {},
+        passes=recipe.consistency.passes,
         judged=[
             {
                 "name": name,
@@ -101,11 +112,16 @@ def render(
 
 
 def titles(found: dict[str, Any]) -> dict[str, str]:
-    """What the systems that were scored are called: the recordings, the models by name, and what needs no training."""
-    models = [name for name in found["synthesis"] if name != "recorded" and name not in BASELINES]
+    """What the systems that were scored are called: the recordings, the models by name, and what needs no training.
+
+    Other systems come last, under their own names.
+    """
+    also = found["about"]["also"]
+    models = [name for name in found["synthesis"] if name not in ("recorded", *BASELINES, *also)]
     parallel = {name: "parallel" if name in found["gates"] else "sequential" for name in models}
     shown = {name: f"{name[0].upper()}{name[1:]} ({parallel[name]})" for name in models}
-    return {"recorded": "Recorded", **shown, **{k: v for k, v in BASELINES.items() if k in found["synthesis"]}}
+    untrained = {k: v for k, v in BASELINES.items() if k in found["synthesis"]}
+    return {"recorded": "Recorded", **shown, **untrained, **{name: f"{name} (another system)" for name in also}}
 
 
 def verdict(found: dict[str, Any], model: str) -> str:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,40 +10,63 @@ from torch import Tensor
 
 from wavedistill import __version__
 from wavedistill.corpus.utterances import Utterance, read_f0, read_samples
-from wavedistill.evaluation import metrics
+from wavedistill.evaluation import metrics, others
 from wavedistill.evaluation.densities import densities, pitch_from_mel
-from wavedistill.evaluation.systems import synthesise
-from wavedistill.evaluation.verdict import Scores, against_untrained, gates, in_words, mean
+from wavedistill.evaluation.scoring import Scoring
+from wavedistill.evaluation.systems import SourceFilter, consistent, synthesise
+from wavedistill.evaluation.verdict import against_untrained, gates, in_words, mean
 from wavedistill.experiment.folder import SHARED, Experiment
 from wavedistill.experiment.stage import Stage
 from wavedistill.networks.threads import settle
 from wavedistill.speech import audio
 from wavedistill.tools.files import sha256, write_json
 from wavedistill.tools.machine import machine
-from wavedistill.tools.progress import note, progress
+from wavedistill.tools.progress import note
+
+CHOSEN_ON = 6
+"""Clips of the validation split, at most, on which the baseline's one setting is chosen."""
+Folders = Mapping[str, Path]
+"""Of other systems' clips, by the systems' names."""
 
 
-def run(experiment: Experiment) -> str:
+def run(experiment: Experiment, also: Folders) -> str:
     """Write `metrics.json` and the synthesised clips; returns a line of result."""
-    recipe = experiment.recipe
+    recipe, device = experiment.recipe, experiment.device
     models = {name: experiment.model(name) for name in recipe.training}
     settle(experiment.threads, next(iter(models.values())).networks[0])
-    test, device = experiment.corpus().of("test"), experiment.device
+    test, valid = (experiment.corpus().of(split) for split in ("test", "valid"))
     clips = [read_samples(experiment.audio, utterance) for utterance in test]
     teachers = {name: experiment.teacher(name) for name in models if recipe.teacher_of(name) is None}
     density = densities(recipe, models, teachers, clips, device)
     limit = int(recipe.evaluate.max_seconds * recipe.audio.sample_rate) // recipe.audio.hop_length
-    heard = [clip[: limit * recipe.audio.hop_length] for clip in clips[: recipe.evaluate.clips]]
-    scores = score(experiment, test[: len(heard)], synthesise(recipe, models, heard, device))
+    limit *= recipe.audio.hop_length
+    heard = [clip[:limit] for clip in clips[: recipe.evaluate.clips]]
+    source_filter = SourceFilter(recipe, models, [read_samples(experiment.audio, u)[:limit] for u in valid[:CHOSEN_ON]])
+    drawn = synthesise(recipe, models, source_filter, heard, device)
+    drawn |= {name: others.read(files, heard, recipe.audio) for name, files in _files(experiment, also).items()}
+    likely = next((name for name, model in models.items() if model.density_in_parallel), None)
+    scored = Scoring(recipe, heard, models[likely] if likely else None)
+    sound = {name: waves if name == "recorded" else consistent(recipe, waves, heard) for name, waves in drawn.items()}
+    write_clips(experiment, test[: len(heard)], sound)
+    scores = scored(sound, "scores")
+    as_drawn = scores
+    if recipe.consistency.passes:
+        first = {name: waves for name, waves in drawn.items() if name != "recorded"}
+        as_drawn = {"recorded": scores["recorded"], **scored(first, "scores as drawn")}
     synthesis = {system: mean(each) for system, each in scores.items()}
     judged = [name for name, model in models.items() if model.draws_in_parallel]
     compared = {name: against_untrained(synthesis, name) for name in judged}
     found = {name: gates(scores[name], scores["recorded"], compared[name], recipe.gates) for name in judged}
     result = {
-        "about": about(experiment, len(heard)),
+        "about": {
+            **about(experiment, len(heard), also),
+            "source_filter": source_filter.about,
+            "teacher_log_likelihood": likely,
+        },
         "recipe": recipe.model_dump(mode="json"),
         "density": density,
         "synthesis": synthesis,
+        "as_drawn": {system: mean(each) for system, each in as_drawn.items()},
         "against_untrained": compared,
         "gates": found,
         "pitch_from_mel": {
@@ -69,7 +93,7 @@ def run(experiment: Experiment) -> str:
     return f"{'; '.join(said)}: {experiment.metrics}"
 
 
-def about(experiment: Experiment, clips: int) -> dict[str, Any]:
+def about(experiment: Experiment, clips: int, also: Folders) -> dict[str, Any]:
     """What the figures were measured on and by, and what they depend on besides the models."""
     recipe = experiment.recipe
     return {
@@ -79,52 +103,52 @@ def about(experiment: Experiment, clips: int) -> dict[str, Any]:
         "temperature": recipe.evaluate.temperature,
         "clips": clips,
         "seconds_a_clip": recipe.evaluate.max_seconds,
-        "inputs": {f"{path.parent.name}/{path.name}": sha256(path) for path in inputs(experiment)},
+        "also": {name: str(folder) for name, folder in also.items()},
+        "inputs": {f"{path.parent.name}/{path.name}": sha256(path) for path in inputs(experiment, also)},
     }
 
 
-def score(
-    experiment: Experiment, test: Sequence[Utterance], systems: Mapping[str, Sequence[Tensor]]
-) -> dict[str, list[Scores]]:
-    """Write the clips of every system to files, and score them against the recorded; the scores of each clip."""
-    settings = experiment.recipe.audio
-    if not metrics.pesq_available():
-        note("evaluate: the package pesq is not installed, so there is no PESQ score: pip install 'wavedistill[demo]'")
-    scorers = [metrics.Scorer(clip, settings) for clip in systems["recorded"]]
-    results = {}
+def write_clips(experiment: Experiment, test: Sequence[Utterance], systems: Mapping[str, Sequence[Tensor]]) -> None:
+    """Write the clips of every system to files, in place of those of an earlier run."""
     # Swapped in when complete, so that no clip of an earlier run stays.
     fresh = experiment.samples.with_name("samples.partial")
     shutil.rmtree(fresh, ignore_errors=True)
-    for name, waves in progress(iterable=systems.items(), desc="scores", unit="system"):
+    for name, waves in systems.items():
         folder = fresh / name
         folder.mkdir(parents=True)
         for utterance, wave in zip(test, waves, strict=True):
-            audio.write(folder / f"{utterance.name}.wav", wave, settings.sample_rate)
-        results[name] = [scorer(wave) for scorer, wave in zip(scorers, waves, strict=True)]
+            audio.write(folder / f"{utterance.name}.wav", wave, experiment.recipe.audio.sample_rate)
     shutil.rmtree(experiment.samples, ignore_errors=True)
     fresh.rename(experiment.samples)
-    return results
 
 
-def settings(experiment: Experiment) -> Any:
+def settings(experiment: Experiment, also: Folders) -> Any:
     """What the scores depend on besides files, as plain values."""
-    parts = {"seed", *SHARED, "models", "training", "evaluate", "gates"}
-    return [experiment.recipe.model_dump(mode="json", include=parts), metrics.pesq_available()]
+    parts = {"seed", *SHARED, "consistency", "models", "training", "evaluate", "gates"}
+    return [experiment.recipe.model_dump(mode="json", include=parts), metrics.pesq_available(), sorted(also)]
 
 
-def inputs(experiment: Experiment) -> list[Path]:
+def inputs(experiment: Experiment, also: Folders) -> list[Path]:
     """The files that the scores depend on."""
-    return [experiment.manifest, *experiment.checkpoints]
+    clips = [path for files in _files(experiment, also).values() for path in files]
+    return [experiment.manifest, *experiment.checkpoints, *clips]
 
 
-def stage(trainings: list[str]) -> Stage:
-    """The stage of a recipe with these trainings."""
+def _files(experiment: Experiment, also: Folders) -> dict[str, list[Path]]:
+    """The files of other systems' clips, in the order of the test's."""
+    names = [u.name for u in experiment.corpus().of("test")[: experiment.recipe.evaluate.clips]] if also else []
+    return {name: others.files(folder, names) for name, folder in sorted(also.items())}
+
+
+def stage(trainings: list[str], also: Folders | None = None) -> Stage:
+    """The stage of a recipe with these trainings, and of other systems' clips."""
+    also = also or {}
     return Stage(
         name="evaluate",
         needs=("prepare", *trainings),
-        settings=settings,
-        inputs=inputs,
+        settings=partial(settings, also=also),
+        inputs=partial(inputs, also=also),
         outputs=lambda experiment: [experiment.metrics, experiment.samples],
-        run=run,
+        run=partial(run, also=also),
         version=__version__,
     )

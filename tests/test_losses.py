@@ -262,6 +262,20 @@ def test_every_term_moves_the_student(tiny: Recipe, name: str, estimator: str) -
         assert parameter.grad.any(), parameter_name
 
 
+def test_spectral_terms_hear_the_draw_at_the_level_of_its_log_mel(tiny: Recipe) -> None:
+    """Behind the passes, a recording that is drawn too soft is the recording; the edges of a crop see what is there."""
+    weights = {"passes": 1, "spectral": 1.0, "log_mel": 1.0, "drawn_log_mel": 1.0}
+    made = setting(tiny, **weights)
+    made.objective.consistency.double()
+    recorded = made.batch.audio
+    assert (made.objective.consistent(recorded, made.batch) - recorded).abs().max() < 1e-6
+    soft = made.objective.spectra(0.5 * recorded, made.batch)
+    torch.testing.assert_close(soft["drawn_log_mel"], torch.full((2,), math.log(2)).double(), rtol=0, atol=0.01)
+    for name in ("spectral", "log_mel"):
+        drawn = setting(tiny, **{**weights, "passes": 0}).objective.spectra(0.5 * recorded, made.batch)[name]
+        assert (soft[name] < 0.2 * drawn).all()
+
+
 def test_reconstruction_is_exact_for_a_student_that_is_its_teacher(tiny: Recipe) -> None:
     """Untrained, both are the same white residual: noise comes back, and so does the recording."""
     terms, _ = distillation(tiny, x_reconstruction=1.0, z_reconstruction=1.0, kl_estimator="mc")

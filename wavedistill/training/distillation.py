@@ -97,9 +97,12 @@ class Objective(Generic[Known]):
         return found
 
     def consistent(self, x: Tensor, batch: Batch) -> Tensor:
-        """The student's waveform (B, T) brought to its log-mel, whose frames see the recording on either side of it."""
+        """The student's waveform (B, T) brought to its log-mel, whose frames see the recording on either side of it.
+
+        As far as a step looks, or as there is recording.
+        """
         told, hop = batch.conditioning, self.consistency.hop_length
-        frames = min(told.margin, -(-self.consistency.overlap // hop))
+        frames = min(told.margin, 2 * -(-self.consistency.overlap // hop))
         before, after = ((told.margin + shift) * hop for shift in (-frames, told.frames))
         around = batch.with_margins
         pieces = [around[:, before : told.margin * hop], x, around[:, after : after + frames * hop]]

@@ -92,7 +92,7 @@ Made = TypeVar("Made", bound=Objective)
 
 
 def made(make: Callable[[], Made]) -> Made:
-    """An objective with its filterbanks, which are chosen by their values, on the GPU."""
+    """An objective with its filterbanks and windows, which are made of values, on the GPU."""
     with unset_fake_temporarily():
         banks = log_mel_filters(RECIPE, (512, 1024), torch.device("cpu"))
         shapes = {n_fft: bank.shape for n_fft, bank in banks.items()}
@@ -100,6 +100,8 @@ def made(make: Callable[[], Made]) -> Made:
             patch.setattr("wavedistill.training.distillation.log_mel_filters", lambda *_: {})
             objective = make()
     objective.filters = {n_fft: there(*shape) for n_fft, shape in shapes.items()}
+    for name, buffer in objective.consistency.named_buffers():
+        objective.consistency.register_buffer(name, there(*buffer.shape))
     return objective
 
 
@@ -110,7 +112,7 @@ def test_the_student_s_terms_stay_on_the_gpu(
     tiny_data["training"]["student"]["loss"].update(kl_estimator=estimator, **EVERY, **RECONSTRUCTIONS)
     recipe = validate_recipe(tiny_data, "tiny.toml")
     student, teacher = gpu("student"), gpu("teacher")
-    objective = made(lambda: Distillation(teacher, recipe, "student", torch.device("cuda")))
+    objective = made(lambda: Distillation(teacher, recipe, "student", torch.device("cpu")))
     terms = objective.terms(student, batch_of(recipe, student.margin), streams)
     assert set(terms) == {"kl", *EVERY, *RECONSTRUCTIONS}
     assert {term.device.type for term in terms.values()} == {"cuda"}

@@ -226,7 +226,7 @@ def test_a_recording_is_synthesised_at_the_level_that_it_would_be_trained_at(
     assert audio.rms_db(piece * gain) == pytest.approx(tiny.audio.level_db)
     seen: list[torch.Tensor] = []
 
-    def stream(model: WaveformModel, told: list[Conditioning], noise: Callable, compiled: bool) -> list[torch.Tensor]:
+    def stream(model: WaveformModel, told: list[Conditioning], noise: Callable, **_: object) -> list[torch.Tensor]:
         seen.extend(piece.mel for piece in told)
         return [noise(3 * RATE)]
 
@@ -252,7 +252,7 @@ from wavedistill.vocoder import vocoder
 what, path, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 recipe = load_recipe(Path("recipes/tiny.toml"))
 
-def stream(model, told, noise, compiled):  # in place of the networks, which take minutes
+def stream(model, told, noise, **_):  # in place of the networks, which take minutes
     padding = 2 * model.margin
     for piece in told:
         frames = max(0, piece.frames - padding)

@@ -58,6 +58,7 @@ def test_a_file_is_vocoded_as_its_log_mel_is(voices: dict[str, wavedistill.Vocod
     """Block by block or whole, with the same passes."""
     for voice in voices.values():
         mel = voice.log_mel(speech_like(2000))
+        mel[:5] = -15.0  # below the floor of `LogMel`, as other programs' may be
         np.save(tmp_path / "m.npy", mel.numpy())
         torch.testing.assert_close(voice.vocode(tmp_path / "m.npy"), voice.vocode(mel), rtol=0, atol=1e-5)
 

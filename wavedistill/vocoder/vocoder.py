@@ -102,7 +102,7 @@ class Vocoder:
             return self.of_file(Path(source), seed, temperature)[0]
         drawn = self.sample(source, seed, temperature)[None].to(self.device)
         with torch.inference_mode():
-            return self.consistency(drawn, source[None].to(drawn))[0].cpu()
+            return self.consistency(drawn, source[None].clamp_min(audio.LOG_MEL_FLOOR).to(drawn))[0].cpu()
 
     def sample(self, mel: Tensor, seed: int = 0, temperature: float = 1.0) -> Tensor:
         """A draw (F * hop_length,) from the density given a log-mel (n_mels, F); arguments as in `vocode`."""

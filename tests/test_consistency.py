@@ -113,6 +113,23 @@ def test_a_stream_equals_the_whole_and_is_as_late_as_it_says(settings: Audio, pa
     torch.testing.assert_close(torch.cat(blocks, 1), consistency(wave, mel), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("frames", range(6))
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_stream_of_a_short_file_equals_the_whole(settings: Audio, frames: int) -> None:
+    hop = settings.hop_length
+    wave, mel = (
+        modulated(settings, 3)[:, : frames * hop],
+        LogMel(settings).of_file(modulated(settings, 0))[..., :frames],
+    )
+    for passes in (1, 2, 4):
+        consistency = MelConsistency(settings, passes).double()
+        parts = [(wave[:, i * hop : (i + 1) * hop].double(), mel[..., i : i + 1].double()) for i in range(frames)]
+        for pieces in (parts, [(wave.double(), mel.double())]):
+            streamed = torch.cat([wave[:, :0].double(), *consistency.stream(pieces)], 1)
+            expected = consistency(wave.double(), mel.double()) if frames else wave.double()
+            torch.testing.assert_close(streamed, expected, rtol=0, atol=1e-9)
+
+
 def test_a_batch_is_its_items() -> None:
     settings = Audio()
     wave, mel = modulated(settings, 3), LogMel(settings).of_file(modulated(settings, 0))

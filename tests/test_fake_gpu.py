@@ -84,7 +84,7 @@ def test_the_teacher_s_terms_stay_on_the_gpu(
     assert {name: term.device.type for name, term in terms.items()} == {"nll": "cuda", "pitch": "cuda"}
 
 
-EVERY = {"spectral": 1.0, "log_mel": 1.0, "contrastive": 0.1}
+EVERY = {"spectral": 1.0, "log_mel": 1.0, "drawn_log_mel": 1.0, "contrastive": 0.1}
 RECONSTRUCTIONS = {"log_scale": 1.0, "x_reconstruction": 1.0, "z_reconstruction": 1.0}
 
 

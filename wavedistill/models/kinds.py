@@ -94,7 +94,7 @@ def around(flows: list[Autoregressive], base: Base, recipe: Recipe, *, source: b
 
 def _start_at_unit_variance(network: WaveNet, elementwise: Elementwise, noise: Base) -> None:
     with torch.no_grad():
-        network.head.bias.copy_(elementwise.start(noise.std).repeat(network.squeeze))
+        network.head.bias.view(network.squeeze, -1)[:, : elementwise.outputs] = elementwise.start(noise.std)
 
 
 def _network(

@@ -17,7 +17,7 @@ class WaveNetState:
 
     Attributes:
         previous: (B, squeeze) the last inputs of the block before.
-        outputs: (B, border, out_channels) those for the first inputs of the block, which the block before decided.
+        outputs: (B, border, ...) those for the first inputs of the block, which the block before decided.
         history: per layer ((kernel_size - 1) * dilation + room, B, channels), its inputs before the block, and room for
             those of the block.
         position: steps of the block that are done.
@@ -50,9 +50,10 @@ class WaveNet(nn.Module):
     and two more 1x1 layers map the sum of skips to the outputs. The last one starts at zero, so that a flow built on it
     starts from what its caller chose.
 
-    Squeezed by G, it runs once for G inputs: a group's outputs see the groups before it only, for a G-th of the
-    operations (after Zhai et al. 2020, *SqueezeWave*). Groups begin at `border`, border + G and so on; before them,
-    where nothing is known, outputs are those of the last layer's bias.
+    Squeezed by G, it runs once for G inputs, in a G-th of the operations (after Zhai et al. 2020, SqueezeWave). A
+    group's outputs see the groups before it, and the first output at t, a shift, is linear in the values before t in
+    its own group, by weights that the network gives beside it. Groups begin at `border`, border + G and so on; before them,
+    where nothing is known, outputs are the mean of the last layer's bias over the places in a group.
 
     Args:
         layers: number of gated layers; layer i has dilation 2 ** (i mod dilation_cycle).
@@ -67,6 +68,8 @@ class WaveNet(nn.Module):
         squeeze: inputs a group; divides `repeat`.
         border: where the first group begins, less than `squeeze`.
     """
+
+    used: Tensor
 
     def __init__(
         self,
@@ -95,7 +98,11 @@ class WaveNet(nn.Module):
         )
         self.context = None if feature_channels is None else nn.Linear(feature_channels, layers * 2 * channels)
         self.hidden = nn.Linear(skip_channels, skip_channels)
-        self.head = nn.Linear(skip_channels, squeeze * out_channels)
+        self.head = nn.Linear(skip_channels, squeeze * (out_channels + squeeze - 1))
+        # Of each place in a group: its outputs, and which of the values before are in the group too, the last one last.
+        places = torch.arange(squeeze)
+        inside = F.pad(places[:, None] + places[1:] >= squeeze, (out_channels, 0), value=True)
+        self.register_buffer("used", inside.flatten().to(self.head.bias.dtype), persistent=False)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -114,7 +121,7 @@ class WaveNet(nn.Module):
 
     @property
     def start(self) -> Tensor:
-        """Outputs (1, 1, out_channels) where nothing is known."""
+        """Outputs (1, 1, out_channels + squeeze - 1) where nothing is known."""
         return self.head.bias.view(1, self.squeeze, -1).mean(1, keepdim=True)
 
     def forward(
@@ -131,14 +138,12 @@ class WaveNet(nn.Module):
         """
         batch_size, length = x.shape
         covered = math.ceil(length / self.repeat) * self.repeat
-        here, padded, repeat = (
-            slice(self.border, self.border + covered),
-            covered // self.squeeze,
-            self.repeat // self.squeeze,
-        )
+        here = slice(self.border, self.border + covered)
+        padded, repeat = covered // self.squeeze, self.repeat // self.squeeze
         before = x.new_zeros(batch_size, self.squeeze) if state is None else state.previous
+        known = torch.cat([before, x], 1)
         # The causal shift: position t holds x_{t-1}, and in a group the group before.
-        shifted = F.pad(torch.cat([before, x], 1), (0, covered - length))[:, here]
+        shifted = F.pad(known, (0, covered - length))[:, here]
         inputs = shifted.t().unflatten(0, (padded, -1)).transpose(1, 2)  # (T / squeeze, B, squeeze)
         if source is not None:
             beside = F.pad(source, (0, 0, 0, max(0, here.stop - source.shape[1])))[:, here]
@@ -162,16 +167,24 @@ class WaveNet(nn.Module):
             first = self.start.expand(batch_size, self.border, -1) if state is None else state.outputs.clone()
             found, rest = torch.cat([first, found[:, : covered - self.border]], 1), found[:, covered - self.border :]
         if state is not None:
-            state.previous.copy_(torch.cat([before, x], 1)[:, -self.squeeze :])
+            state.previous.copy_(known[:, -self.squeeze :])
             state.advance(length // self.squeeze)
             if self.border:
                 state.outputs.copy_(rest)
-        return found[:, :length]
+        found = found[:, :length]
+        if self.squeeze == 1:
+            return found
+        # The first output is linear in the values before it, as far as they are in its own group.
+        weights, values = found[..., 1 - self.squeeze :], known[:, 1:].unfold(1, self.squeeze - 1, 1)[:, :length]
+        shift = found[..., :1] + (weights * values).sum(-1, keepdim=True)
+        return torch.cat([shift, found[..., 1 : 1 - self.squeeze]], -1)
 
     def step(
         self, previous: Tensor, state: WaveNetState, context: Tensor | None = None, source: Tensor | None = None
     ) -> Tensor:
-        """Outputs (B, out_channels) of the next step of a block, from x_{t-1} (B,); notes its hidden values.
+        """Outputs (B, out_channels) of the next step of a block, from x_{t-1} (B,); of a network that is not squeezed.
+
+        Notes its hidden values in the state.
 
         Args:
             previous: the value before, zero at t = 0.
@@ -238,4 +251,7 @@ class WaveNet(nn.Module):
     def _head(self, skip: Tensor) -> Tensor:
         scaled = skip * len(self.gates) ** -0.5
         with torch.autocast(skip.device.type, enabled=False):  # a density is no more precise than its parameters
-            return self.head(F.relu(self.hidden(F.relu(scaled))))
+            hidden = F.relu(self.hidden(F.relu(scaled)))
+            if self.squeeze == 1:
+                return self.head(hidden)
+            return F.linear(hidden, self.head.weight * self.used[:, None], self.head.bias * self.used)

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from wavedistill.recipe.sections import Section, Width
 
@@ -11,6 +11,11 @@ Layers = Annotated[int, Field(ge=1, le=1000)]
 ImportPath = Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$")]
 """ "module:name" of code of the user's own."""
 GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def _each(value: Any) -> Any:
+    """One number is that of each."""
+    return [value] if isinstance(value, int) else value
 
 
 class Network(Section):
@@ -59,9 +64,12 @@ class Iaf(Section):
     base: Literal["normal", "logistic"] = "normal"
     flow_layers: Annotated[tuple[Layers, ...], Field(strict=False, min_length=1)] = (10, 10, 10)
     """Layers of each flow, from noise to waveform."""
-    squeeze: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(strict=False, min_length=1)] = (1,)
-    """Samples that each flow's network is run once for: a G-th of the operations, and no dependence inside so many. One
-    for all flows, or one for each. Divides the last factor of `conditioning.upsample`."""
+    squeeze: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=64)], ...], BeforeValidator(_each), Field(strict=False, min_length=1)
+    ] = (1,)
+    """Samples that each flow's network is run once for: a G-th of the operations, and dependence inside so many that is
+    linear. One for all flows, or one for each. Divides the last factor of `conditioning.upsample`; at most half of
+    `audio.hop_length`."""
     periodic_source: bool = True
     """Whether the networks read signals that repeat with F0 beside the noise; needs `conditioning.pitch`."""
     min_log_scale: Annotated[float, Field(lt=0)] = -4.5
@@ -80,7 +88,7 @@ class Iaf(Section):
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """Where the groups of each flow begin, spread by the golden section, so that no border is every flow's."""
+        """Where the groups of each flow begin, spread by the golden section, so that flows differ."""
         return tuple(math.floor(i * GOLDEN * squeeze) % squeeze for i, squeeze in enumerate(self.squeezes))
 
     @property

@@ -105,10 +105,11 @@ class Recipe(Section):
             self._groups(name, model)
         field = model.receptive_field
         if field > segment:
+            squeezed = f"models.{name}.squeeze or " if isinstance(model, Iaf) and max(model.squeeze) > 1 else ""
             raise ValueError(
                 f"models.{name}: a network sees {field} samples back, but training.{name}.segment_frames = "
-                f"{training.segment_frames} gives segments of {segment}: lower models.{name}.network.dilation_cycle, "
-                f"or use segment_frames = {math.ceil(field / self.audio.hop_length)} or more"
+                f"{training.segment_frames} gives segments of {segment}: lower {squeezed}models.{name}.network."
+                f"dilation_cycle, or use segment_frames = {math.ceil(field / self.audio.hop_length)} or more"
             )
 
     def _groups(self, name: str, model: Iaf) -> None:

@@ -77,6 +77,7 @@ def render(
         clips: by name; each as every system has it: what that is called, a wav file, and its log-mel.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    passes = found["recipe"]["consistency"]["passes"]
     sized = [row for row in (full["rows"] if full else []) if not row["trained"]]
     return environment.from_string(template()).render(
         name=recipe.name,
@@ -85,8 +86,8 @@ def render(
         recipe=json.dumps(found["recipe"], indent=1),
         density=found["density"],
         synthesis=found["synthesis"],
-        as_drawn=found["as_drawn"] if recipe.consistency.passes else {},
-        passes=recipe.consistency.passes,
+        as_drawn=found["as_drawn"] if passes else {},
+        passes=passes,
         judged=[
             {
                 "name": name,

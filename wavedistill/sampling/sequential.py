@@ -115,7 +115,7 @@ def compiled(flow: Autoregressive, given: Tensor, context: Context, label: str |
 
 
 def fastest(flow: Autoregressive, given: Tensor, context: Context, label: str | None = None) -> Tensor:
-    """The sequential direction of one flow by the fastest solver of its device; arguments as in `naive`."""
+    """The sequential direction of one flow by the fastest solver for it and its device; arguments as in `naive`."""
     if conditioner_of(flow).squeeze > 1:
         return naive(flow, given, context, label)
     if given.device.type == "cpu":

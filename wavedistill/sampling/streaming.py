@@ -16,6 +16,8 @@ from wavedistill.speech.linear_prediction import LinearPrediction
 
 STREAM_VALUES = {"cpu": 100_000, "cuda": 4_000_000}
 """Activations of a layer in a student's block, about: they fit into a core's cache, or occupy a GPU."""
+COMPILED_FRAMES = 40
+"""In a block of networks compiled for a CPU: what is left at the end of a sound is shorter, and not compiled."""
 
 
 @torch.inference_mode()
@@ -96,7 +98,9 @@ class _ParallelBlocks:
             self.flows.append(flow)
         nets = [conditioner_of(flow) for flow in self.flows]
         values_a_frame = model.encoder.hop_length * max(net.channels / net.squeeze for net in nets)
-        self.most_frames = max(1, int(STREAM_VALUES[next(model.parameters()).device.type] / values_a_frame))
+        kind = next(model.parameters()).device.type
+        most = int(STREAM_VALUES[kind] / values_a_frame)
+        self.most_frames = max(1, min(most, COMPILED_FRAMES) if compiled and kind == "cpu" else most)
         self._parameters = [flow.step_parameters for flow in self.flows]
         # Every other length would be compiled anew.
         self._parameters_of_full_blocks = self._parameters

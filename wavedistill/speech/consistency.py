@@ -157,7 +157,8 @@ class _Step:
         ready, was = self.given(silence, silence)
         left = self.wave.shape[1] - self.consistency.overlap
         last = self.start[:, :left] + _mean(self.change[:, :left], self.weight[:, :left])
-        return torch.cat([ready, last], 1), torch.cat([was, self.wave[:, :left]], 1)
+        # Of a file shorter than the silence before it, that is still there.
+        return torch.cat([ready, last[:, self.before :]], 1), torch.cat([was, self.wave[:, self.before : left]], 1)
 
 
 def _beyond(wave: Tensor, before: Tensor) -> Tensor:

@@ -103,8 +103,11 @@ def about(experiment: Experiment, clips: int, also: Folders) -> dict[str, Any]:
         "temperature": recipe.evaluate.temperature,
         "clips": clips,
         "seconds_a_clip": recipe.evaluate.max_seconds,
-        "also": {name: str(folder) for name, folder in also.items()},
-        "inputs": {f"{path.parent.name}/{path.name}": sha256(path) for path in inputs(experiment, also)},
+        "also": {
+            name: {"folder": str(also[name]), "inputs": {path.name: sha256(path) for path in paths}}
+            for name, paths in _files(experiment, also).items()
+        },
+        "inputs": {f"{path.parent.name}/{path.name}": sha256(path) for path in inputs(experiment, {})},
     }
 
 

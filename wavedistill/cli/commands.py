@@ -142,8 +142,9 @@ def evaluate(
     others = given.also_of(also or [], names)
     from wavedistill.experiment.stage import run_stage
     from wavedistill.stages.evaluate import stage
+    from wavedistill.tools.engine import launch
 
-    typer.echo(run_stage(stage(names, others), experiment))
+    launch(experiment.device).print(run_stage(stage(names, others), experiment))  # the first of several processes
 
 
 @app.command(rich_help_panel="Single stages")

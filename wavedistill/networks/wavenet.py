@@ -52,8 +52,8 @@ class WaveNet(nn.Module):
 
     Squeezed by G, it runs once for G inputs, in a G-th of the operations (after Zhai et al. 2020, SqueezeWave). A
     group's outputs see the groups before it, and the first output at t, a shift, is linear in the values before t in
-    its own group, by weights that the network gives beside it. Groups begin at `border`, border + G and so on; before them,
-    where nothing is known, outputs are the mean of the last layer's bias over the places in a group.
+    its own group, by weights that the network gives beside it. Groups begin at `border`, border + G and so on; before
+    them, where nothing is known, outputs are the mean of the last layer's bias over the places in a group.
 
     Args:
         layers: number of gated layers; layer i has dilation 2 ** (i mod dilation_cycle).

@@ -99,7 +99,8 @@ class Objective(Generic[Known]):
     def consistent(self, x: Tensor, batch: Batch) -> Tensor:
         """The student's waveform (B, T) brought to its log-mel, whose frames see the recording on either side of it.
 
-        As far as a step looks, or as there is recording.
+        As far as a step looks, or as the margin of the conditioning goes: without F0, it may be less, and the edges of
+        a crop are heard a little softer.
         """
         told, hop = batch.conditioning, self.consistency.hop_length
         frames = min(told.margin, 2 * -(-self.consistency.overlap // hop))

@@ -16,7 +16,7 @@ from wavedistill.speech.linear_prediction import LinearPrediction
 
 STREAM_VALUES = {"cpu": 100_000, "cuda": 4_000_000}
 """Activations of a layer in a student's block, about: they fit into a core's cache, or occupy a GPU."""
-COMPILED_FRAMES = 40
+COMPILED_FRAMES = 80
 """In a block of networks compiled for a CPU: what is left at the end of a sound is shorter, and not compiled."""
 
 

@@ -38,7 +38,7 @@ CROSSOVER_SECONDS = 2
 WARMUP = 100
 """Samples that a sequential sampler draws before it is timed."""
 PIECE = 512
-"""Frames of log-mel that a stream is given at a time, more than a block takes."""
+"""Frames of log-mel that a stream is given at a time, more than a block takes, unless networks are much squeezed."""
 MIN_SECONDS, MAX_SECONDS = 1.0, 20.0
 """A short draw is repeated until its runs add up to the one, a long one no more once they add up to the other."""
 Sequential = Literal["naive", "cached", "compiled", "graphed"]

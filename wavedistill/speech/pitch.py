@@ -80,9 +80,8 @@ class PeriodicSource(nn.Module):
         # Of each sample in its hop, from -1/2 to 1/2.
         place = (torch.arange(self.hop_length, device=f0.device) + 0.5) / self.hop_length - 0.5
         slope = torch.where(place < 0, (here - before)[..., None], (after - here)[..., None])
-        hertz = torch.where(here[..., None] > 0, here[..., None] + place * slope, 0.0).flatten(1)[
-            :, : length + self.ahead
-        ]
+        hertz = torch.where(here[..., None] > 0, here[..., None] + place * slope, 0.0)
+        hertz = hertz.flatten(1)[:, : length + self.ahead]
         periods = (hertz / self.sample_rate).cumsum(1) + (0 if phase is None else phase[:, None])
         angle = 2 * math.pi * (periods % 1)
         voiced = hertz > 0

@@ -30,7 +30,7 @@ from wavedistill.recipe.recipe import Recipe
 from wavedistill.recipe.sections import DebianCorpus, FolderCorpus
 from wavedistill.speech import audio
 from wavedistill.stages import stages_of
-from wavedistill.tools.errors import CorpusError
+from wavedistill.tools.errors import CorpusError, RecipeError
 
 Prepare = Callable[..., Experiment]
 
@@ -432,6 +432,43 @@ def package(tmp_path: Path, voice: Path) -> tuple[Path, str]:
     folder.mkdir()
     subprocess.run(["dpkg-deb", "-b", content, folder / "voice_1_all.deb"], check=True, capture_output=True)
     return folder, hashlib.sha256((folder / "voice_1_all.deb").read_bytes()).hexdigest()
+
+
+def test_several_corpora_are_one_and_a_recording_at_other_speeds_stays_in_its_split(
+    voice: Path, tmp_path: Path, tiny_data: dict[str, Any]
+) -> None:
+    parts = [
+        {"corpus": {"kind": "folder", "path": str(voice), "limit": 3}, "speeds": [0.8, 1, 1.25]},
+        {"corpus": {"kind": "folder", "path": str(voice / "deeper")}},
+    ]
+    data = {**tiny_data, "corpus": {"kind": "several", "parts": parts}}
+    recipe = validate_recipe(data, "mine.toml")
+    found = sources(recipe.corpus)
+    assert [source.name for source in found[:3]] == ["1_080_00001_a", "1_100_00001_a", "1_125_00001_a"]
+    assert [source.origin for source in found[8:]] == ["1: c.ogg", "2: a.wav"]
+    slow, plain, fast = (source.read(16000) for source in found[:3])
+    assert [len(each) for each in (slow, plain, fast)] == [40000, 32000, 25600]
+    # A second of the slow one is 0.8 s of the plain one: its spectrum lies lower by that factor.
+    centres = [float((s := torch.fft.rfft(x).abs()) @ torch.linspace(0, 8000, len(s)) / s.sum()) for x in (plain, fast)]
+    assert 1.1 < centres[1] / centres[0] < 1.4
+    experiment = Experiment(recipe, tmp_path / "exp", torch.device("cpu"))
+    run_stage(stages_of(recipe)["prepare"], experiment)
+    utterances = Manifest.read(experiment.manifest).utterances
+    split_of = {(u.source, u.split) for u in utterances}
+    assert len(split_of) == len({source for source, _ in split_of}) == 4
+    assert len(utterances) == 10
+
+
+def test_what_is_wrong_in_a_part_of_several_corpora_is_named(tiny_data: dict[str, Any]) -> None:
+    def fault(part: dict[str, Any]) -> str:
+        with pytest.raises(RecipeError) as caught:
+            validate_recipe({**tiny_data, "corpus": {"kind": "several", "parts": [part]}}, "mine.toml")
+        return str(caught.value)
+
+    folder = {"kind": "folder", "path": "x"}
+    assert "corpus.parts.0.corpus.paht: unknown key; did you mean path?" in fault({"corpus": {**folder, "paht": "y"}})
+    assert "corpus.parts.0.speed: unknown key; did you mean speeds?" in fault({"corpus": folder, "speed": [1]})
+    assert "corpus.parts.0.speeds.0 = 9.0" in fault({"corpus": folder, "speeds": [9.0]})
 
 
 def debian(folder: Path, sha256: str) -> DebianCorpus:

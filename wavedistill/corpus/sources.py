@@ -15,7 +15,14 @@ import numpy as np
 from torch import Tensor
 
 from wavedistill.corpus import recordings
-from wavedistill.recipe.sections import Corpus, DebianCorpus, FolderCorpus, NanottsCorpus
+from wavedistill.recipe.sections import (
+    Corpus,
+    DebianCorpus,
+    FolderCorpus,
+    NanottsCorpus,
+    Part,
+    SeveralCorpora,
+)
 from wavedistill.speech.audio import PCM16_STEPS
 from wavedistill.tools.errors import CorpusError
 from wavedistill.tools.files import named, sha256, shown
@@ -49,6 +56,8 @@ def sources(corpus: Corpus) -> list[Source]:
     Raises:
         CorpusError: if there are none, or what makes them is missing.
     """
+    if isinstance(corpus, SeveralCorpora):
+        return [source for number, part in enumerate(corpus.parts, 1) for source in _part(number, part)]
     if isinstance(corpus, NanottsCorpus):
         found = _nanotts(corpus)
     else:
@@ -58,6 +67,8 @@ def sources(corpus: Corpus) -> list[Source]:
 
 def state(corpus: Corpus) -> list[str]:
     """What must not change for a prepared corpus to stay current: text, digest, or each file's path, size and time."""
+    if isinstance(corpus, SeveralCorpora):
+        return [f"{number} {line}" for number, part in enumerate(corpus.parts) for line in state(part.corpus)]
     if isinstance(corpus, NanottsCorpus):
         return _sentences(corpus)
     if isinstance(corpus, DebianCorpus):
@@ -67,12 +78,37 @@ def state(corpus: Corpus) -> list[str]:
 
 def unreadable(corpus: Corpus) -> list[str]:
     """The files of a folder that may not be read just now: one of them, once it may, makes a corpus another."""
-    return [str(p) for p in _files(corpus) if not os.access(p, os.R_OK)] if isinstance(corpus, FolderCorpus) else []
+    return [str(p) for each in _folders(corpus) for p in _files(each) if not os.access(p, os.R_OK)]
 
 
 def unused(corpus: Corpus) -> list[str]:
     """What lies in a corpus's folder, looks like recordings, and is none of its sources; and why."""
-    return _found(corpus).unused if isinstance(corpus, FolderCorpus) else []
+    return [line for each in _folders(corpus) for line in _found(each).unused]
+
+
+def _folders(corpus: Corpus) -> list[FolderCorpus]:
+    """The folders of the user's own that a corpus names."""
+    every = [part.corpus for part in corpus.parts] if isinstance(corpus, SeveralCorpora) else [corpus]
+    return [each for each in every if isinstance(each, FolderCorpus)]
+
+
+def _part(number: int, part: Part) -> list[Source]:
+    """The recordings of one of several corpora, once for each speed; those of one recording share their origin."""
+    return [
+        Source(
+            named(f"{number}_{round(100 * speed):03d}_{source.name}", LONGEST_SUFFIX).removesuffix(LONGEST_SUFFIX),
+            f"{number}: {source.origin}",
+            partial(_faster, source.read, speed),
+            source.path,
+        )
+        for source in sources(part.corpus)
+        for speed in part.speeds
+    ]
+
+
+def _faster(read: Callable[[int], Tensor], speed: float, sample_rate: int) -> Tensor:
+    # Fewer samples a second, taken for as many as ever.
+    return read(round(sample_rate / speed))
 
 
 def _nanotts(corpus: NanottsCorpus) -> list[Source]:

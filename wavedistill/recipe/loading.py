@@ -6,13 +6,13 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from wavedistill.recipe.models import Iaf, Maf
 from wavedistill.recipe.recipe import Recipe
-from wavedistill.recipe.sections import BACKSLASHES, DebianCorpus, FolderCorpus, NanottsCorpus, Section
+from wavedistill.recipe.sections import BACKSLASHES, DebianCorpus, FolderCorpus, NanottsCorpus, Section, SeveralCorpora
 from wavedistill.recipe.trainings import Distillation, Likelihood
 from wavedistill.tools.errors import RecipeError
 
@@ -22,7 +22,8 @@ KINDS = ("kind", "objective")
 """Keys that say what else a table holds."""
 
 TAGGED: dict[str, type[BaseModel]] = {
-    **{"nanotts": NanottsCorpus, "debian": DebianCorpus, "folder": FolderCorpus, "maf": Maf, "iaf": Iaf},
+    **{"nanotts": NanottsCorpus, "debian": DebianCorpus, "folder": FolderCorpus, "several": SeveralCorpora},
+    **{"maf": Maf, "iaf": Iaf},
     **{"likelihood": Likelihood, "distillation": Distillation, "own": Section},
 }
 """The sections of unions, by their tags."""
@@ -84,11 +85,24 @@ def validate_recipe(data: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        wrong = {item["loc"][: len(item["loc"]) - 1] for item in error.errors()}
+        places = [item["loc"] for item in error.errors()]
+
+        def lacks(loc: tuple[int | str, ...]) -> bool:
+            return any(len(place) > len(loc) and place[: len(loc)] == loc for place in places)
+
         # A list whose items are wrong is said to be too short as well, because it lacks them.
-        items = [item for item in error.errors() if item["type"] != "too_short" or item["loc"] not in wrong]
+        items = [item for item in error.errors() if item["type"] != "too_short" or not lacks(item["loc"])]
         lines = [_explain(item["type"], item["loc"], item["msg"], item["input"]) for item in items]
         raise RecipeError("\n".join(f"{source}: {line}" for line in lines)) from error
+
+
+def _corpora(table: Any) -> list[dict[str, Any]]:
+    """The tables of a corpus that may hold paths: its own, and those of its parts."""
+    if not isinstance(table, dict):
+        return []
+    parts = table.get("parts")
+    inner = [part.get("corpus") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return [table, *(each for each in inner if isinstance(each, dict))]
 
 
 def _read(path: Path, extending: list[Path]) -> dict[str, Any]:
@@ -104,7 +118,7 @@ def _read(path: Path, extending: list[Path]) -> dict[str, Any]:
         number = re.search(r"at line (\d+)", str(error))
         hint = f"; {BACKSLASHES}" if number and "\\" in text.split("\n")[int(number[1]) - 1] else ""
         raise RecipeError(f"{path}: not valid TOML: {error}{hint}") from error
-    if isinstance(corpus := data.get("corpus"), dict):
+    for corpus in _corpora(data.get("corpus")):
         for key in PATHS:
             if isinstance(value := corpus.get(key), str) and value and not value.startswith("~"):
                 corpus[key] = str(path.parent / value)
@@ -173,11 +187,12 @@ def _place(location: Sequence[int | str]) -> tuple[type[BaseModel], list[str]]:
     section: type[BaseModel] = Recipe
     keys: list[str] = []
     for place, part in enumerate(map(str, location)):
-        if place == TAG_AT.get(str(location[0])) and part in TAGGED:
+        if part in TAGGED and (place == TAG_AT.get(str(location[0])) or keys[-1:] == ["corpus"]):
             section = TAGGED[part]
         elif part != "[key]":
             keys.append(part)
             field = section.model_fields.get(part)
-            if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-                section = field.annotation
+            for inner in (field.annotation, *get_args(field.annotation)) if field else ():
+                if isinstance(inner, type) and issubclass(inner, BaseModel):
+                    section = inner
     return section, keys

@@ -87,7 +87,30 @@ class FolderCorpus(Section):
     """Use only the first so many files, in the order of their paths."""
 
 
-Corpus = Annotated[NanottsCorpus | DebianCorpus | FolderCorpus, Field(discriminator="kind")]
+OneCorpus = Annotated[NanottsCorpus | DebianCorpus | FolderCorpus, Field(discriminator="kind")]
+
+
+class Part(Section):
+    """One of several corpora, and how it is heard."""
+
+    corpus: OneCorpus
+    speeds: Annotated[tuple[Annotated[float, Field(ge=0.5, le=2)], ...], Field(strict=False, min_length=1)] = (1,)
+    """Factors by which each recording is played faster; pitch and formants move with it, as if others had spoken."""
+
+
+class SeveralCorpora(Section):
+    """Recordings of several corpora, for a model of many voices."""
+
+    kind: Literal["several"]
+    licence: Licence = None
+    parts: Annotated[tuple[Part, ...], Field(strict=False, min_length=1)]
+
+    @property
+    def limit(self) -> None:
+        """Each part has its own."""
+
+
+Corpus = Annotated[NanottsCorpus | DebianCorpus | FolderCorpus | SeveralCorpora, Field(discriminator="kind")]
 
 
 class Audio(Section):

@@ -1,7 +1,7 @@
 """What commands are given, and what it stands for."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,16 +37,21 @@ def also_of(systems: list[str], trainings: list[str]) -> dict[str, Path]:
     """The folders of other systems' clips, by the names that `--also` gives them."""
     from wavedistill.evaluation.verdict import UNTRAINED
 
+    return folders_of("--also", systems, ("recorded", *trainings, *UNTRAINED))
+
+
+def folders_of(option: str, named: list[str], taken: Sequence[str] = ()) -> dict[str, Path]:
+    """The folders that an option names, each once, and none by a name that is taken."""
     found: dict[str, Path] = {}
-    for system in systems:
-        name, _, folder = system.partition("=")
+    for each in named:
+        name, _, folder = each.partition("=")
         if not re.fullmatch("[a-z][a-z0-9_]*", name) or not folder:
-            raise typer.BadParameter(f"--also {system}: give NAME=FOLDER, with a name of small letters, digits and _")
-        if name in ("recorded", *trainings, *UNTRAINED, *found):
-            raise typer.BadParameter(f"--also {system}: there is a system {name} already; give another name")
+            raise typer.BadParameter(f"{option} {each}: give NAME=FOLDER, with a name of small letters, digits and _")
+        if name in (*taken, *found):
+            raise typer.BadParameter(f"{option} {each}: there is a {name} already; give another name")
         found[name] = Path(folder).expanduser()
         if not found[name].is_dir():
-            raise typer.BadParameter(f"--also {system}: {folder} is no folder")
+            raise typer.BadParameter(f"{option} {each}: {folder} is no folder")
     return found
 
 

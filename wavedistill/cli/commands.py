@@ -252,6 +252,29 @@ def generate(
         raise AudioError("\n".join(failures))
 
 
+@app.command()
+def release(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint.safetensors of a student.")],
+    on: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=FOLDER", help="Recordings of somebody whom it never heard, to score it on; repeatable."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="The checkpoint to write; `CARD.md` goes beside it.")
+    ] = Path("voice.safetensors"),
+) -> None:
+    """Write a student for others: its weights at half precision, and a card with its scores on strangers' voices.
+
+    Example: `wavedistill release exp/voices/student/checkpoint.safetensors --on female=ann/ --on male=bob/`
+    """
+    speakers = given.folders_of("--on", on)
+    from wavedistill.vocoder.release import release as release_voice
+
+    typer.echo(release_voice(checkpoint, out, speakers))
+
+
 def _run(
     chosen: Callable[[list[str]], list[str]],
     recipe: str,

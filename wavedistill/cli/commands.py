@@ -258,7 +258,7 @@ def release(
     on: Annotated[
         list[str],
         typer.Option(
-            metavar="NAME=FOLDER", help="Recordings of somebody whom it never heard, to score it on; repeatable."
+            metavar="NAME=FOLDER", help="Recordings of a voice that it never heard, to score it on; repeatable."
         ),
     ],
     out: Annotated[

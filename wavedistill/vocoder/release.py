@@ -103,12 +103,13 @@ def _card(
     recipe, units, heard = model.recipe, model.recipe.audio, model.heard
     count = sum(weight.numel() for weight in model.model.parameters())
     where = machine(torch.device("cpu"))
+    computer = f"{where['cpu_count']} cores of {where['cpu']}, torch {where['torch']}, {where['date']}"
     lines = [
         f"# {path.name}",
         "",
-        f"The {model.name} of the recipe `{recipe.name}`, after {model.step:,} steps: {count / 1e6:.2f} million weights "
-        f"at half precision, {path.stat().st_size / 1e6:.2f} MB, {model.model.flops_per_sample / 1e6:.3f} MFLOP a "
-        f"sample. It draws speech at {units.sample_rate} Hz in one pass, from {units.n_mels} mel bands of "
+        f"The {model.name} of the recipe `{recipe.name}`, after {model.step:,} steps: {count / 1e6:.2f} million "
+        f"weights at half precision, {path.stat().st_size / 1e6:.2f} MB, {model.model.flops_per_sample / 1e6:.3f} "
+        f"MFLOP a sample. It draws speech at {units.sample_rate} Hz in one pass, from {units.n_mels} mel bands of "
         f"{units.f_min:g} to {units.f_max:g} Hz every {units.hop_length} samples (windows of {units.n_fft}), and takes "
         f"{recipe.consistency.passes} passes of mel consistency after it.",
         "",
@@ -124,7 +125,7 @@ def _card(
             "",
             f"{len(clips[speaker])} clips, {seconds:.0f} s, from the log-mel alone; scores after "
             f"{recipe.consistency.passes} passes for every system, and PESQ-wb as drawn before them. Periodicity is a "
-            "share of the recordings'. The share of pulses in the last baseline but one was chosen on these very clips.",
+            "share of the recordings'. The share of pulses in the baseline of both was chosen on these very clips.",
             "",
             "| | PESQ-wb as drawn | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |",
             "|---|" + "---|" * (1 + len(COLUMNS)),
@@ -133,7 +134,7 @@ def _card(
         lines += [_row(system, *both, own) for system, both in table.items()]
         lines.append("")
     lines += [
-        f"Measured by `wavedistill release` {__version__}: {where['cpu_count']} cores of {where['cpu']}, torch {where['torch']}, {where['date']}.",
+        f"Measured by `wavedistill release` {__version__}: {computer}.",
         "",
     ]
     return "\n".join(lines)

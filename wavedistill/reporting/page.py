@@ -97,7 +97,7 @@ def render(
         density=found["density"],
         synthesis=found["synthesis"],
         as_drawn={name: scores for name, scores in found["as_drawn"].items() if passes and name != "recorded"},
-        nearest=_nearest(found["synthesis"]),
+        nearest=nearest(found["synthesis"]),
         passes=passes,
         pitch=found["pitch_from_mel"],
         about=found["about"],
@@ -151,7 +151,7 @@ def _compared(found: dict[str, Any], model: str) -> str:
     return in_words({k: {**score, "system": words.BASELINES[score["system"]].title} for k, score in against.items()})
 
 
-def _nearest(synthesis: Mapping[str, Mapping[str, float | None]]) -> dict[str, set[str]]:
+def nearest(synthesis: Mapping[str, Mapping[str, float | None]]) -> dict[str, set[str]]:
     """For each score the systems that come nearest to the recordings, as far as the digits that are shown tell."""
     nearest = {}
     for key, score in words.SCORES.items():

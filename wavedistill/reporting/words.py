@@ -42,9 +42,9 @@ class Tile(NamedTuple):
 
 
 BASELINES = {
-    "griffin_lim": Named("Griffin-Lim", "no training: invents phases"),
-    "source_filter": Named("Pulses and noise", "no training: buzz and hiss"),
-    "whisper": Named("Filtered noise", "no training: a whisper"),
+    "griffin_lim": Named("Griffin-Lim", "needs no training"),
+    "source_filter": Named("Pulses and noise", "needs no training"),
+    "whisper": Named("Filtered noise", "needs no training"),
 }
 SCORES = {
     "pesq_wb": Score("PESQ, wide band", "Predicts how good listeners find the sound, from 1 to 4.64.", 2),

@@ -155,12 +155,11 @@
           const { left, width } = lane.picture.getBoundingClientRect();
           this.seek(((event.clientX - left) / width) * this.seconds);
         };
-        lane.picture.addEventListener("pointerdown", (event) => {
-          if (event.button) return;
-          lane.picture.setPointerCapture(event.pointerId);
+        lane.picture.addEventListener("click", (event) => {
           this.choose(lane);
           scrub(event);
         });
+        lane.picture.addEventListener("pointerdown", (event) => lane.picture.setPointerCapture(event.pointerId));
         lane.picture.addEventListener("pointermove", (event) => {
           if (lane.picture.hasPointerCapture(event.pointerId)) scrub(event);
         });

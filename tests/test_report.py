@@ -1,24 +1,27 @@
 """What the report says: only what belongs to the models and settings of its recipe, in words that fit the figures."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from matplotlib.figure import Figure
 
 from tests.test_benchmark import row
 from wavedistill.evaluation.verdict import against_untrained, gates
-from wavedistill.experiment.folder import Experiment, measured_on
+from wavedistill.experiment.folder import AS_DRAWN, Experiment, measured_on
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.recipe.sections import Audio, Gates
 from wavedistill.reporting import words
 from wavedistill.reporting.page import nearest
 from wavedistill.reporting.plots import SERIES, svg
 from wavedistill.reporting.spectrogram import HEIGHT, RANGE_DB, picture, spectrogram_db, ticks
-from wavedistill.stages.report import _current
+from wavedistill.speech import audio
+from wavedistill.stages.report import _clip, _current
 
 RECORDED = {
     **dict.fromkeys(words.SCORES, 0.0),
@@ -194,3 +197,26 @@ def test_plots_wear_the_colours_of_the_page() -> None:
     assert "currentColor" in drawn
     assert not [word for word in ("#000000", SERIES[0], "http") if word in drawn]
     assert drawn == svg(figure)
+
+
+def test_a_clip_is_heard_first_and_as_drawn_where_that_was_kept(experiment: Experiment) -> None:
+    """Without loss; an experiment of before has no sound as drawn."""
+    heard, drawn, old = (0.1 * torch.randn(8000, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    waves = {"recorded": heard, "student": heard, f"{AS_DRAWN}/student": drawn, "whisper": old}
+    for folder, wave in waves.items():
+        (experiment.samples / folder).mkdir(parents=True, exist_ok=True)
+        audio.write(experiment.samples / folder / "a.wav", wave, 16000)
+    clip = _clip(experiment, ["recorded", "student", "whisper"], "a.wav", "a recording")
+    assert clip.seconds == 0.5
+    assert {name: len(versions) for name, versions in clip.systems.items()} == {
+        "recorded": 1,
+        "student": 2,
+        "whisper": 1,
+    }
+    for version, wave in zip(clip.systems["student"], (heard, drawn), strict=True):
+        samples, rate = soundfile.read(io.BytesIO(version.sound), dtype="int16")
+        assert rate == 16000
+        np.testing.assert_array_equal(samples, audio.to_pcm16(wave))
+    assert (
+        clip.systems["student"][0].picture == clip.systems["recorded"][0].picture != clip.systems["student"][1].picture
+    )

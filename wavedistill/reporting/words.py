@@ -42,9 +42,9 @@ class Tile(NamedTuple):
 
 
 BASELINES = {
-    "griffin_lim": Named("Griffin-Lim", "needs no training"),
-    "source_filter": Named("Pulses and noise", "needs no training"),
-    "whisper": Named("Filtered noise", "needs no training"),
+    "griffin_lim": Named("Griffin-Lim", "no training"),
+    "source_filter": Named("Pulses and noise", "no training"),
+    "whisper": Named("Filtered noise", "no training"),
 }
 SCORES = {
     "pesq_wb": Score("PESQ, wide band", "Predicts how good listeners find the sound, from 1 to 4.64.", 2),
@@ -161,7 +161,7 @@ def tiles(found: Mapping[str, Any], benchmark: Table, model: str) -> list[Tile]:
         how = f"{SAMPLERS[row['sampler']]}, {_place(row, benchmark)}{against}"
         tiles.append(Tile(f"{_rounded(row['times_real_time'])} \N{MULTIPLICATION SIGN}", "real time", _sentence(how)))
         first = min(_of(benchmark, model), key=lambda other: other["first_samples_seconds"])
-        how = f"{SAMPLERS[first['sampler']]}, {_place(first, benchmark)}"
+        how = f"{SAMPLERS[first['sampler']]}, {_place(first, benchmark)}, once its log-mel is known"
         tiles.append(Tile(f"{1000 * first['first_samples_seconds']:.0f} ms", "to the first sound", _sentence(how)))
     own, recorded = (found["synthesis"][system]["pesq_wb"] for system in (model, "recorded"))
     if own is not None and recorded is not None:

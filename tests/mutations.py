@@ -198,6 +198,11 @@ TABLE = [
     ("a file is written in place", "tools/files.py", "partial.replace(path)", "path.write_bytes(partial.read_bytes())", "test_checkpoint.py test_storage.py test_faults.py::test_a_second_process_in_the_same_folder_is_refused"),
     ("any version of a checkpoint", "models/checkpoint.py", "if version != VERSION:", "if False:", "test_checkpoint.py"),
     ("a stale table is current", "stages/report.py", 'all(row["of"] == of for row in table["rows"])', "True", "test_report.py"),
+    ("sound as drawn is what is heard", "stages/report.py", "(experiment.samples, experiment.samples / AS_DRAWN)", "(experiment.samples / AS_DRAWN, experiment.samples)", "test_report.py"),
+    ("what is nearest is farthest", "reporting/page.py", "min(distances.values())", "max(distances.values())", "test_report.py"),
+    ("a spectrogram of other frequencies", "reporting/spectrogram.py", "fmax=settings.f_max", "fmax=settings.sample_rate / 3", "test_report.py"),
+    ("the slowest way to draw in the headline", "reporting/words.py", 'return max(_of(benchmark, model)', 'return min(_of(benchmark, model)', "test_report.py"),
+    ("a failed check goes unsaid", "reporting/words.py", 'failed = sum(not gate["passed"]', 'failed = sum(gate is None', "test_report.py"),
     # Written after the tests, to see what else they do not see.
     ("contrast with the same place", "speech/conditioning.py", "away = self.mel.shape[-1] // 2", "away = 0", "test_losses.py"),
     ("temperature forgotten", "vocoder/vocoder.py", ".to(self.device).mul_(temperature)", ".to(self.device)", "test_recordings.py::test_a_recording_is_synthesised_at_the_level_that_it_would_be_trained_at"),

@@ -20,7 +20,7 @@ from wavedistill.corpus.utterances import Manifest
 from wavedistill.evaluation import metrics, others
 from wavedistill.evaluation.systems import SHARES, SourceFilter, consistent
 from wavedistill.evaluation.verdict import Scores, gates
-from wavedistill.experiment.folder import Experiment
+from wavedistill.experiment.folder import AS_DRAWN, Experiment
 from wavedistill.models.checkpoint import save_model
 from wavedistill.models.kinds import build
 from wavedistill.recipe.recipe import Recipe
@@ -165,11 +165,17 @@ def test_scores_as_drawn_are_those_that_are_heard_without_passes(experiment: Exp
     assert set(scored["as_drawn"]) == set(scored["synthesis"])
     same = {name for name, values in scored["synthesis"].items() if values == scored["as_drawn"][name]}
     assert same == {"recorded"}
+    heard, drawn = (folder / "student" / "2.wav" for folder in (experiment.samples, experiment.samples / AS_DRAWN))
+    assert heard.read_bytes() != drawn.read_bytes()
+    assert not (experiment.samples / AS_DRAWN / "recorded").exists(), "which no pass moves"
+    as_drawn = drawn.read_bytes()
     copies = experiment.samples.rename(experiment.root / "copies") / "recorded"
     recipe = changed(experiment.recipe, "consistency", passes=0)
     evaluate.run(Experiment(recipe, experiment.root, experiment.device, 1), {"copy": copies})
     unmoved = json.loads(experiment.metrics.read_text())
     assert unmoved["as_drawn"] == unmoved["synthesis"]
+    assert not (experiment.samples / AS_DRAWN).exists()
+    assert (experiment.samples / "student" / "2.wav").read_bytes() == as_drawn
     assert unmoved["synthesis"]["student"] == scored["as_drawn"]["student"]
     assert unmoved["synthesis"]["copy"]["lsd_db"] < 1 < unmoved["synthesis"]["student"]["lsd_db"]
     assert (experiment.samples / "copy" / "2.wav").is_file()

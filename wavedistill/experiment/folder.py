@@ -20,6 +20,8 @@ from wavedistill.training.distillation import Teacher
 
 SHARED = ("audio", "conditioning", "linear_prediction")
 """The parts of a recipe that all its models are built by."""
+AS_DRAWN = "as_drawn"
+"""The folder, below that of the synthesised utterances, of what they were before mel consistency."""
 
 
 @dataclass(frozen=True)

@@ -1,56 +1,52 @@
-"""The page itself: what its tables are called, its words, and what is embedded in it."""
+"""The page itself: what is embedded in it, and in which order."""
 
 import base64
-import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import jinja2
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from wavedistill import __version__
+from wavedistill.benchmarking.words import counted
 from wavedistill.evaluation.verdict import in_words
 from wavedistill.recipe.recipe import Recipe
-from wavedistill.reporting.plots import crossover_plot, speed_plot
-
-BASELINES = {
-    "griffin_lim": "Griffin-Lim (no model)",
-    "source_filter": "Pulses and noise through linear prediction (no model)",
-    "whisper": "Noise through linear prediction (a whisper)",
-}
-SCORES = {
-    "pesq_wb": ("PESQ-wb", "1 to 4.6, higher is better", 2),
-    "stoi": ("STOI", "0 to 1, higher is better", 3),
-    "mcd_db": ("Mel-cepstral distortion, dB", "lower is better", 2),
-    "lsd_db": ("Log-spectral distance, dB", "lower is better", 2),
-    "f0_rmse_cents": ("F0 error, cents RMS", "lower is better", 0),
-    "vuv_f1": ("Voicing, F1", "0 to 1, higher is better", 2),
-    "periodicity_rmse": ("Error of voicing probability", "lower is better", 2),
-    "periodicity": ("Periodicity of voiced parts", "a whisper is near 0, speech near 1", 2),
-    "level_difference_db": ("Level difference, dB", "near 0", 2),
-    "tilt_difference_db": ("Tilt difference, dB", "near 0", 2),
-    "aperiodicity_db": ("Aperiodicity error, dB RMS", "lower is better", 1),
-    "aperiodicity_bias_db": ("Aperiodicity bias, dB", "a buzz is below 0, a whisper above", 1),
-    "teacher_log_likelihood": ("Log-likelihood under the teacher, nats/sample", "near that of the recordings", 2),
-}
-GATES = {
-    "level_db": "Level difference, dB, at most",
-    "tilt_db": "Tilt difference, dB, at most",
-    "vuv_f1": "Voicing, F1, at least",
-    "periodicity": "Periodicity of voiced parts, share of the recordings' own, at least",
-    "aperiodicity_db": "Aperiodicity error in voiced parts, dB RMS, at most",
-    "aperiodicity_bias_db": "Aperiodicity bias in voiced parts, dB either way, at most",
-    "better_scores": "Scores better than any system without training (PESQ-wb, STOI, cepstral distortion), at least",
-}
-Table = dict[str, Any] | None
-"""Of a benchmark, as its file has it; None where it was not measured."""
+from wavedistill.reporting import words
+from wavedistill.reporting.plots import crossover_plot, svg
+from wavedistill.reporting.spectrogram import HEIGHT, WIDTH, ticks
+from wavedistill.reporting.words import Table
 
 
-def template() -> str:
-    """The page before it is filled in."""
-    return (resources.files("wavedistill.reporting") / "templates" / "report.html.j2").read_text()
+class Version(NamedTuple):
+    """A clip as a system has it: a FLAC file, and its spectrogram as a WebP image."""
+
+    sound: bytes
+    picture: bytes
+
+
+class Clip(NamedTuple):
+    """A recording of the test split, and what systems made of its log-mel.
+
+    Attributes:
+        origin: what a person would call the recording.
+        seconds: its length.
+        systems: by name; each as it is heard, and as it was drawn where that is another sound.
+    """
+
+    origin: str
+    seconds: float
+    systems: Mapping[str, Sequence[Version]]
+
+
+def templates() -> dict[str, str]:
+    """The page before it is filled in, its style and its script, by file name."""
+    folder = resources.files("wavedistill.reporting") / "templates"
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
 
 
 def render(
@@ -61,8 +57,8 @@ def render(
     train: Table,
     *,
     stale: Sequence[str],
-    losses: Mapping[str, Figure | None],
-    clips: Sequence[tuple[str, Sequence[tuple[str, bytes, Figure]]]],
+    losses: Mapping[str, Mapping[str, Figure]],
+    clips: Sequence[Clip],
 ) -> str:
     """The page of an experiment.
 
@@ -73,75 +69,104 @@ def render(
         full: the long one.
         train: the pace of the trainings.
         stale: names of tables that are left out, because they are of something else.
-        losses: a plot for each training whose log is there.
-        clips: by name; each as every system has it: what that is called, a wav file, and its log-mel.
+        losses: of each training, a plot for each of its terms; none where its log is gone.
+        clips: to be heard.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader(templates()), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
     passes = found["recipe"]["consistency"]["passes"]
-    sized = [row for row in (full["rows"] if full else []) if not row["trained"]]
-    return environment.from_string(template()).render(
+    systems = words.systems(found)
+    return environment.get_template("report.html.j2").render(
         name=recipe.name,
         version=__version__,
+        rate=recipe.audio.sample_rate,
         licence=recipe.corpus.licence,
         recipe=json.dumps(found["recipe"], indent=1),
+        answers=[
+            {
+                "model": model,
+                "sentence": words.answer(found, benchmark, model),
+                "tiles": words.tiles(found, benchmark, model),
+                "checks": words.checks(found, model) if model in found["gates"] else [],
+            }
+            for model in found["gates"] or recipe.training
+        ],
+        compared={name: _compared(found, name) for name in found["gates"]},
         density=found["density"],
         synthesis=found["synthesis"],
-        as_drawn=found["as_drawn"] if passes else {},
+        as_drawn={name: scores for name, scores in found["as_drawn"].items() if passes and name != "recorded"},
+        nearest=nearest(found["synthesis"]),
         passes=passes,
-        judged=[
-            {
-                "name": name,
-                "verdict": verdict(found, name),
-                "against_untrained": in_words(found["against_untrained"][name]),
-                "gates": [(label, gates[gate]) for gate, label in GATES.items()],
-            }
-            for name, gates in found["gates"].items()
-        ],
         pitch=found["pitch_from_mel"],
         about=found["about"],
-        systems=titles(found),
-        scores=SCORES,
+        systems=systems,
+        heard_first=next(iter(found["gates"]), "recorded"),
+        scores=words.SCORES,
+        samplers=words.SAMPLERS,
         benchmark=benchmark,
+        bars=bars(benchmark["rows"]) if benchmark else [],
         tables=[table for table in (benchmark, full) if table],
         stale=stale,
         training_speed=train,
-        crossover_plot=_png(crossover_plot(full["rows"])) if full and sized else None,
-        speed_plot=_png(speed_plot(benchmark["rows"], recipe.audio.sample_rate)) if benchmark else None,
-        losses=[(name, plot and _png(plot)) for name, plot in losses.items()],
-        clips=[(clip, [(title, _text(wav), _png(mel)) for title, wav, mel in systems]) for clip, systems in clips],
+        crossover=_crossover(full),
+        losses={
+            name: [(words.TERMS.get(term, words.Named(term, "")), svg(plot)) for term, plot in plots.items()]
+            for name, plots in losses.items()
+        },
+        clips=[(clip, [float(time) for time in MaxNLocator(6).tick_values(0, clip.seconds)]) for clip in clips],
+        hz=ticks(recipe.audio),
+        pixels=(WIDTH, HEIGHT),
     )
 
 
-def titles(found: dict[str, Any]) -> dict[str, str]:
-    """What the systems that were scored are called: the recordings, the models by name, and what needs no training.
+def bars(rows: Sequence[dict[str, Any]]) -> list[tuple[str, float, list[tuple[dict[str, Any], float]]]]:
+    """Rows of trained models in groups that compare, with how long their bars are in percent, logarithmically.
 
-    Other systems come last, under their own names.
+    Returns:
+        For each group what its rows have in common, where real time is, and the rows with their bars.
     """
-    also = found["about"]["also"]
-    models = [name for name in found["synthesis"] if name not in ("recorded", *BASELINES, *also)]
-    parallel = {name: "parallel" if name in found["gates"] else "sequential" for name in models}
-    shown = {name: f"{name[0].upper()}{name[1:]} ({parallel[name]})" for name in models}
-    untrained = {k: v for k, v in BASELINES.items() if k in found["synthesis"]}
-    return {"recorded": "Recorded", **shown, **untrained, **{name: f"{name} (another system)" for name in also}}
+    trained = [row for row in rows if row["trained"]]
+    speeds = [1.0, *(row["times_real_time"] for row in trained)]
+    low, high = math.log(min(speeds) / 2), math.log(max(speeds))
+
+    def length(speed: float) -> float:
+        return 100 * (math.log(speed) - low) / (high - low)
+
+    def of(row: dict[str, Any]) -> tuple[str, int, int]:
+        return row["device"], row["threads"], row["batch_size"]
+
+    found = []
+    for (device, threads, batch), group in groupby(sorted(trained, key=of), of):
+        place = counted(threads) if device == "cpu" else device
+        title = f"{place}{f', {batch} sounds at a time' if batch > 1 else ''}"
+        found.append((title, length(1), [(row, length(row["times_real_time"])) for row in group]))
+    return found
 
 
-def verdict(found: dict[str, Any], model: str) -> str:
-    """Whether a model passes its gates."""
-    failed = [GATES[name].split(",")[0].lower() for name, gate in found["gates"][model].items() if not gate["passed"]]
-    if failed:
-        return f"The {model} fails its gates ({'; '.join(failed)}): it is not to be called good."
-    drawn, recorded = (found["synthesis"][system] for system in (model, "recorded"))
-    return (
-        f"The {model} speaks with a voice, and passes every gate: its voiced parts have a periodicity of "
-        f"{drawn['periodicity']:.2f}, the recordings {recorded['periodicity']:.2f}."
-    )
+def _compared(found: dict[str, Any], model: str) -> str:
+    """A model's scores beside those of the best system without training."""
+    against = found["against_untrained"][model]
+    return in_words({k: {**score, "system": words.BASELINES[score["system"]].title} for k, score in against.items()})
 
 
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return _text(buffer.getvalue())
+def nearest(synthesis: Mapping[str, Mapping[str, float | None]]) -> dict[str, set[str]]:
+    """For each score the systems that come nearest to the recordings, as far as the digits that are shown tell."""
+    nearest = {}
+    for key, score in words.SCORES.items():
+        recorded = synthesis["recorded"][key]
+        distances = {
+            system: abs(round(value, score.digits) - round(recorded, score.digits))
+            for system, scores in synthesis.items()
+            if system != "recorded" and recorded is not None and (value := scores[key]) is not None
+        }
+        best = {system for system in distances if math.isclose(distances[system], min(distances.values()))}
+        nearest[key] = best if len(best) < len(distances) else set()
+    return nearest
 
 
-def _text(content: bytes) -> str:
-    return base64.b64encode(content).decode()
+def _crossover(full: Table) -> str | None:
+    """The speed of students of several sizes, where it was measured."""
+    rows = full["rows"] if full else []
+    return svg(crossover_plot(rows)) if any(not row["trained"] for row in rows) else None

@@ -15,7 +15,7 @@ from wavedistill.evaluation.densities import densities, pitch_from_mel
 from wavedistill.evaluation.scoring import Scoring
 from wavedistill.evaluation.systems import SourceFilter, consistent, synthesise
 from wavedistill.evaluation.verdict import against_untrained, gates, in_words, mean
-from wavedistill.experiment.folder import SHARED, Experiment
+from wavedistill.experiment.folder import AS_DRAWN, SHARED, Experiment
 from wavedistill.experiment.stage import Stage
 from wavedistill.networks.threads import settle
 from wavedistill.speech import audio
@@ -47,12 +47,11 @@ def run(experiment: Experiment, also: Folders) -> str:
     likely = next((name for name, model in models.items() if model.density_in_parallel), None)
     scored = Scoring(recipe, heard, models[likely] if likely else None)
     sound = {name: waves if name == "recorded" else consistent(recipe, waves, heard) for name, waves in drawn.items()}
-    write_clips(experiment, test[: len(heard)], sound)
+    del drawn["recorded"]
+    first = drawn if recipe.consistency.passes else {}
+    write_clips(experiment, test[: len(heard)], sound | {f"{AS_DRAWN}/{name}": waves for name, waves in first.items()})
     scores = scored(sound, "scores")
-    as_drawn = scores
-    if recipe.consistency.passes:
-        first = {name: waves for name, waves in drawn.items() if name != "recorded"}
-        as_drawn = {"recorded": scores["recorded"], **scored(first, "scores as drawn")}
+    as_drawn = {"recorded": scores["recorded"], **scored(first, "scores as drawn")} if first else scores
     synthesis = {system: mean(each) for system, each in scores.items()}
     judged = [name for name, model in models.items() if model.draws_in_parallel]
     compared = {name: against_untrained(synthesis, name) for name in judged}

@@ -138,7 +138,7 @@ def answer(found: Mapping[str, Any], benchmark: Table, model: str) -> str:
         better = sum(score["gain"] > 0 for score in compared.values())
         count = "every score" if better == len(compared) else f"{better} of {len(compared)} scores"
         parts.append(
-            f"in {count} is closer to the recordings than any method without training"
+            f"is closer to the recordings than any method without training in {count}"
             if better
             else "is no closer to the recordings than methods without training"
         )

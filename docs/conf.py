@@ -110,21 +110,15 @@ def read(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def left_out(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
-    """Whether a member is not described: constants; and fields of a named tuple, which the words on its class are on."""
-    constant = what == "module" and not (inspect.isclass(obj) or inspect.isroutine(obj))
-    return True if constant or type(obj).__name__ == "_tuplegetter" else None
+    """Whether a member is not described: constants, and fields, on which the words on their class or the guides are."""
+    code = inspect.isclass(obj) or inspect.isroutine(obj) or isinstance(obj, property)
+    return None if code else True
 
 
 def signature(app: Sphinx, what: str, name: str, obj: Any, *rest: Any) -> tuple[str, None] | None:
     """None of its own for a table of a recipe, whose keys follow one by one, and for a protocol."""
     table = inspect.isclass(obj) and (issubclass(obj, BaseModel) or getattr(obj, "_is_protocol", False))
     return ("", None) if table else None
-
-
-def words(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Before napoleon, which takes what stands before a colon in the words on an attribute for its type."""
-    if what == "attribute" and lines:
-        lines.insert(0, "")
 
 
 def setup(app: Sphinx) -> None:
@@ -145,7 +139,6 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", read)
     app.connect("autodoc-skip-member", left_out)
     app.connect("autodoc-process-signature", signature)
-    app.connect("autodoc-process-docstring", words, priority=400)
 
 
 html_math_renderer = "mathml"

@@ -22,7 +22,7 @@ copyright = "the authors of wavedistill; Apache-2.0"
 version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 source_suffix = {".md": "markdown", ".ipynb": "markdown"}
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "exp"]
 html_theme = "furo"
 html_title = "wavedistill"
 html_copy_source = False
@@ -72,7 +72,7 @@ def mathml(tex: str, display: str) -> str:
 
 
 def markdown_of(notebook: str) -> str:
-    """A notebook's cells, and what they printed."""
+    """A notebook's cells, and what they printed and drew."""
     parts = []
     for cell in json.loads(notebook)["cells"]:
         source = "".join(cell["source"])
@@ -80,9 +80,11 @@ def markdown_of(notebook: str) -> str:
             parts.append(source)
             continue
         parts.append(f"```python\n{source}\n```")
-        printed = "".join("".join(output.get("text", "")) for output in cell["outputs"])
-        if printed:
-            parts.append(f"```text\n{printed.rstrip()}\n```")
+        for output in cell["outputs"]:
+            if output["output_type"] == "stream":
+                parts.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
+            else:
+                parts.append(f"![What the cell draws](data:image/png;base64,{output['data']['image/png'].strip()})")
     return "\n\n".join(parts)
 
 

@@ -28,7 +28,7 @@ html_title = "wavedistill"
 html_copy_source = False
 html_show_sourcelink = False
 html_static_path = ["_static"]
-html_css_files = ["mathematics.css"]
+html_css_files = ["pages.css"]
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 myst_enable_extensions = ["dollarmath"]
@@ -80,35 +80,32 @@ def markdown_of(notebook: str) -> str:
             parts.append(source)
             continue
         parts.append(f"```python\n{source}\n```")
-        for output in cell["outputs"]:
-            if output["output_type"] == "stream":
-                parts.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
-            else:
-                parts.append(f"![What the cell draws](data:image/png;base64,{output['data']['image/png'].strip()})")
+        printed = "".join("".join(output.get("text", "")) for output in cell["outputs"])
+        if printed:
+            parts.append(f"```text\n{printed.rstrip()}\n```")
+        drawn = [output["data"]["image/png"].strip() for output in cell["outputs"] if "data" in output]
+        parts += [f"![What the cell draws](data:image/png;base64,{picture})" for picture in drawn]
     return "\n\n".join(parts)
 
 
-def relocate(text: str, folder: Path) -> str:
-    """Links of a file in a folder, as they are from here: to pages, to code, and to other files."""
-    pages = {path: f"{name}.md" for name, path in OUTSIDE.items()}
+def relocate(text: str, folder: Path, page: Path) -> str:
+    """Links of a file in a folder, as they are from a page's folder: to pages, to code, and to other files."""
+    pages = {path: HERE / f"{name}.md" for name, path in OUTSIDE.items()}
 
     def link(match: re.Match[str]) -> str:
         image, label, target, anchor = match.groups()
         path = (folder / target).resolve()
-        if path in pages:
-            target = pages[path]
-        elif not path.is_relative_to(HERE) or folder != HERE:
-            target = os.path.relpath(path, HERE)
-        return f"{image}[{label}]({target}{anchor or ''})"
+        return f"{image}[{label}]({os.path.relpath(pages.get(path, path), page)}{anchor or ''})"
 
     return LINK.sub(link, CODE.sub(r"{py:obj}`\1:\2 <\1.\2>`", text))
 
 
 def read(app: Sphinx, name: str, source: list[str]) -> None:
     """What a page is made of."""
-    path = OUTSIDE.get(name, Path(app.env.doc2path(name)))
+    page = Path(app.env.doc2path(name))
+    path = OUTSIDE.get(name, page)
     text = path.read_text(encoding="utf-8")
-    source[0] = relocate(markdown_of(text) if path.suffix == ".ipynb" else text, path.parent)
+    source[0] = relocate(markdown_of(text) if path.suffix == ".ipynb" else text, path.parent, page.parent)
 
 
 def left_out(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:

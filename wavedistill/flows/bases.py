@@ -23,7 +23,7 @@ class Base(Protocol):
         """The value below which lies the probability with a given log-odds, in their shape (any)."""
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Draws (*shape) from the base distribution with the generator, on the generator's device, in float32."""
+        """Draws (any shape) from the base distribution with the generator, on the generator's device, in float32."""
 
 
 class StandardNormal(Base):

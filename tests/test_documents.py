@@ -37,6 +37,7 @@ LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)\s#]*)(?:#([^)\s]*))?\)")
 BLOCK = re.compile(r"^```([^\n`]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SYSTEM = {"cd", "mkdir", ".", "git", "docker", "make", "pip", "curl", "export"}
 """Commands that a shell or the system brings."""
+COMMANDS = ("wavedistill ", *(f"{name} --" for name in typer.main.get_command(app).commands))
 INSTALLED = {entry.name for entry in importlib.metadata.entry_points(group="console_scripts")}
 
 
@@ -203,8 +204,9 @@ def parsed(words: list[str], *, whole: bool = True) -> None:
 @every_page()
 def test_commands_that_words_mention_are_known(page: Path) -> None:
     for span in spans(page):
-        if span.startswith("wavedistill ") and "NAME" not in span:
-            parsed(shlex.split(span)[1:], whole=False)
+        words = shlex.split(span.removeprefix("wavedistill ")) if span.startswith(COMMANDS) else []
+        if words and "NAME" not in words:
+            parsed(words, whole=False)
 
 
 @every_page()

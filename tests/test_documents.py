@@ -37,7 +37,7 @@ LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)\s#]*)(?:#([^)\s]*))?\)")
 BLOCK = re.compile(r"^```([^\n`]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SYSTEM = {"cd", "mkdir", ".", "git", "docker", "make", "pip", "curl", "export"}
 """Commands that a shell or the system brings."""
-COMMANDS = ("wavedistill ", *(f"{name} --" for name in typer.main.get_command(app).commands))
+GROUP = typer.main.get_command(app)
 INSTALLED = {entry.name for entry in importlib.metadata.entry_points(group="console_scripts")}
 
 
@@ -188,34 +188,40 @@ def understood(words: list[str]) -> None:
         assert program in SYSTEM | INSTALLED, f"{program}: a command that nobody has"
 
 
-def parsed(words: list[str], *, whole: bool = True) -> None:
-    """Fails where a `wavedistill` command line would be refused; if it is not whole, for its options alone."""
+def parsed(words: list[str]) -> None:
+    """Fails where a `wavedistill` command line would be refused."""
+    # Of a recipe that is shipped, whose trainings' names are known.
+    words = ["demo" if word.endswith(".toml") and words[0] != "new" else word for word in words]
     with pytest.MonkeyPatch.context() as patch:
-        # Of a recipe that is shipped, whose trainings' names are known.
-        words = ["demo" if word.endswith(".toml") and words[0] != "new" else word for word in words]
         patch.setattr(sys, "argv", ["wavedistill", *words])
-        group = typer.main.get_command(app)
-        outer = group.make_context("wavedistill", list(words))
-        name, command, rest = group.resolve_command(outer, list(words))
-        inner = command.make_context(name, rest, parent=outer, resilient_parsing=not whole)
+        outer = GROUP.make_context("wavedistill", list(words))
+        name, command, rest = GROUP.resolve_command(outer, list(words))
+        inner = command.make_context(name, rest, parent=outer)
     load_recipe("demo", inner.params.get("overrides") or [])
+
+
+def options(*commands: str) -> set[str]:
+    """Those of some commands, or of all."""
+    known = [GROUP.commands[name] for name in commands or GROUP.commands]
+    return {"--help", "--version"} | {each for command in known for given in command.params for each in given.opts}
 
 
 @every_page()
 def test_commands_that_words_mention_are_known(page: Path) -> None:
     for span in spans(page):
-        words = shlex.split(span.removeprefix("wavedistill ")) if span.startswith(COMMANDS) else []
-        if words and "NAME" not in words:
-            parsed(words, whole=False)
+        if span.startswith(("wavedistill ", *(f"{name} --" for name in GROUP.commands))):
+            name, *rest = shlex.split(span.removeprefix("wavedistill "))
+            if name != "NAME":
+                assert name in GROUP.commands, f"{span}: no such command"
+                found = {word.split("=")[0] for word in rest if word.startswith("--")}
+                assert found <= options(name), f"{span}: no such option"
 
 
 @every_page()
 def test_options_that_words_mention_are_known(page: Path) -> None:
-    commands = typer.main.get_command(app).commands.values()
-    known = {option for command in commands for parameter in command.params for option in parameter.opts}
     for span in spans(page):
         if span.startswith("--"):
-            assert re.split("[ =]", span)[0] in known | {"--help", "--version"}, f"{span}: no such option"
+            assert re.split("[ =]", span)[0] in options(), f"{span}: no such option"
 
 
 @pytest.mark.parametrize(

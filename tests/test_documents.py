@@ -11,7 +11,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -35,7 +35,7 @@ NOTEBOOK = DOCS / "first_flow.ipynb"
 CODE = re.compile(r"\[`([\w.]+):([\w.]+)`\]\(([^)]+)\)")
 LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)\s#]*)(?:#([^)\s]*))?\)")
 BLOCK = re.compile(r"^```([^\n`]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SYSTEM = {"cd", "mkdir", ".", "git", "docker", "make", "pip", "curl", "export"}
+SYSTEM = {"cd", "mkdir", ".", "git", "docker", "make", "pip", "curl", "export", "apt-get", "python", "python3", "open"}
 """Commands that a shell or the system brings."""
 GROUP = typer.main.get_command(app)
 INSTALLED = {entry.name for entry in importlib.metadata.entry_points(group="console_scripts")}
@@ -254,7 +254,8 @@ def test_recipes_are_valid(page: Path, tmp_path: Path) -> None:
 
 
 TABLES: dict[str, list[type[BaseModel]]] = {
-    "[corpus]": [sections.FolderCorpus, sections.DebianCorpus, sections.NanottsCorpus],
+    "[corpus]": list(get_args(get_args(sections.Corpus)[0])),
+    "[[corpus.parts]]": [sections.Part],
     "[models.NAME]": [models.Maf, models.Iaf],
     "[models.NAME.network]": [models.Network],
     "[training.NAME]": [trainings.Likelihood, trainings.Distillation],
@@ -285,7 +286,7 @@ def default(field: Any) -> str:
 
 
 def test_the_guide_has_every_table() -> None:
-    named_tables = set(re.findall(r"^### `\[(\w+)", text(DOCS / "recipes.md"), re.MULTILINE))
+    named_tables = set(re.findall(r"^### `\[+(\w+)", text(DOCS / "recipes.md"), re.MULTILINE))
     assert named_tables == set(Recipe.model_fields) - {"name", "seed"}
 
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-endurance test-mutations check clean
+.PHONY: demo test test-fast test-endurance test-mutations check docs clean
 
 demo: $(VENV)/.demo  ## the whole pipeline on speech made on the spot; ends with exp/demo/report.html
 	$(BIN)/wavedistill run demo
@@ -20,6 +20,9 @@ test-endurance: $(VENV)/.dev  ## a training that is killed a hundred times; minu
 test-mutations: $(VENV)/.dev  ## breaks the program in some ninety ways, and asks whether a test notices; minutes
 	$(BIN)/python -m tests.mutations
 
+docs: $(VENV)/.dev  ## the documents as a site: open docs/_build/html/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going -d docs/_build/cache docs docs/_build/html
+
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -30,7 +33,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install -e ".[demo,dev]"
+	$(BIN)/pip install -e ".[demo,dev,docs]"
 	touch $@ $(VENV)/.demo
 
 $(BIN)/python:

@@ -55,7 +55,11 @@ def files_of(folder: Path, name: str, recipe: Recipe) -> tuple[Path, Path]:
 
 
 def prepared(sources: list[Source], recipe: Recipe, folder: Path) -> Iterator[Result]:
-    """The result of each recording, in order, computed on many cores; those of few recordings in this process."""
+    """The result of each recording, in order, computed on many cores; those of few recordings in this process.
+
+    Raises:
+        CorpusError: if a process that prepares is killed, for want of memory for instance.
+    """
     one = partial(_prepare, recipe=recipe, folder=folder)
     if len(sources) < FEW:
         yield from map(one, sources)

@@ -99,6 +99,6 @@ class Segments:
 
 
 def dequantise(audio: Tensor, streams: Streams) -> Tensor:
-    """Add uniform noise of one 16-bit step, centred on zero, so that a continuous density fits 16-bit audio."""
+    """Audio (B, T) and uniform noise of one 16-bit step, centred on zero, so that a continuous density fits it."""
     noise = each(streams, lambda stream: torch.rand(audio.shape[1:], generator=stream)) - 0.5
     return audio + noise.to(audio.device) / PCM16_STEPS

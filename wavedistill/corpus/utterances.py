@@ -81,7 +81,11 @@ class Manifest(BaseModel):
 
 
 def read_samples(folder: Path, utterance: Utterance, start: int = 0, length: int | None = None) -> Tensor:
-    """Samples (length,) of an utterance in [-1, 1) from position start on, zero outside the file; all by default."""
+    """Samples (length,) of an utterance in [-1, 1) from position start on, zero outside the file; all by default.
+
+    Raises:
+        CorpusError: if they cannot be read.
+    """
     try:
         with _open(folder, utterance.audio) as stretch, soundfile.SoundFile(stretch) as file:
             length = file.frames if length is None else length
@@ -95,7 +99,11 @@ def read_samples(folder: Path, utterance: Utterance, start: int = 0, length: int
 
 
 def read_f0(folder: Path, utterance: Utterance) -> Tensor:
-    """F0 (frames,) of an utterance in Hz, 0 where unvoiced."""
+    """F0 (frames,) of an utterance in Hz, 0 where unvoiced.
+
+    Raises:
+        CorpusError: if it cannot be read, or is not that of its audio.
+    """
     try:
         with _open(folder, utterance.f0) as stretch:
             f0 = np.load(io.BytesIO(stretch.read()), allow_pickle=False)

@@ -69,7 +69,7 @@ class Scorer:
 
 
 def likeness(reference: Tensor, synthesised: Tensor, settings: Audio) -> dict[str, float | None]:
-    """The scores of `Scorer` by which systems are compared: PESQ, STOI and mel-cepstral distortion."""
+    """Those scores of `Scorer` by which systems are compared, of two sounds (T,): PESQ, STOI and MCD."""
     return {
         "pesq_wb": _pesq_wb(reference, synthesised, settings.sample_rate),
         "stoi": _stoi(reference, synthesised, settings.sample_rate),
@@ -101,7 +101,7 @@ def tilt_db(audio: Tensor, sample_rate: int) -> float:
 
 
 def mel_cepstral_distortion_db(reference: Tensor, synthesised: Tensor, settings: Audio) -> float:
-    r"""Mean over frames of the distance of mel-cepstra in dB, over the frames of speech in the reference.
+    r"""Mean distance of mel-cepstra of two sounds (T,) in dB, over the frames of speech in the reference.
 
     .. math:: \frac{10}{\ln 10} \sqrt{2 \sum_{m=1}^{24} (c_m - c'_m)^2}, \qquad
               c_m = \frac{2}{N} \sum_n \log M_n \cos\frac{\pi m (n + 1/2)}{N}
@@ -149,7 +149,7 @@ def log_spectral_distance_db(synthesised: Tensor, reference: Tensor) -> float:
 
 
 def periodicity(reference: Tensor, synthesised: Tensor, settings: Audio) -> float | None:
-    """Mean normalised autocorrelation of synthesised speech at the reference's pitch period, where that is voiced.
+    """Mean normalised autocorrelation of synthesised speech (T,) at the reference's pitch period, where that is voiced.
 
     Frames of 40 ms are voiced where the reference's own autocorrelation peaks above 0.7 in the range of F0. The
     synthesis may be off by 5 % of the period. None where no frame is voiced.

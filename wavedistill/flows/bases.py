@@ -14,19 +14,19 @@ class Base(Protocol):
     std: float
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log density of each value in nats, in the shape of z."""
+        """Log density of each value in nats, in the shape of z (any)."""
 
     def log_cdf(self, z: Tensor) -> Tensor:
-        """Log of the probability below each value; above it is that below its negative, for both are symmetric."""
+        """Log of the probability below each value, in the shape of z (any); above it is that below its negative."""
 
     def quantile(self, logit: Tensor) -> Tensor:
-        """The value below which lies the probability with a given log-odds."""
+        """The value below which lies the probability with a given log-odds, in their shape (any)."""
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Draw from the base distribution with the generator, on the generator's device."""
+        """Draws (any shape) from the base distribution with the generator, on the generator's device, in float32."""
 
 
-class StandardNormal:
+class StandardNormal(Base):
     r"""Standard normal noise: :math:`\log p(z) = -\frac{1}{2} (z^2 + \log 2\pi)`."""
 
     std = 1.0
@@ -45,7 +45,7 @@ class StandardNormal:
         return torch.randn(shape, generator=generator, device=generator.device)
 
 
-class StandardLogistic:
+class StandardLogistic(Base):
     r"""Standard logistic noise: :math:`\log p(z) = -|z| - 2 \log(1 + e^{-|z|})`, the base of Parallel WaveNet."""
 
     std = math.pi / math.sqrt(3)

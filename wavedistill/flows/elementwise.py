@@ -54,7 +54,7 @@ class Elementwise(Protocol):
 def bounded(raw: Tensor, bound: float) -> Tensor:
     r"""A log-scale above a bound, by a softplus, whose gradient never vanishes: :math:`b + softplus(r - b)`.
 
-    It is r where r is well above the bound b.
+    It is r where r (any shape) is well above the bound b.
     """
     return bound + F.softplus(raw - bound)
 
@@ -73,7 +73,7 @@ def _is(kind: types.Type, constants: type) -> bool:
     return isinstance(kind, types.NamedTuple) and kind.instance_class is constants
 
 
-class Affine:
+class Affine(Elementwise):
     r""":math:`x = \mu + \sigma z`; the parameters are the shift and the log_scale.
 
     Args:
@@ -126,7 +126,7 @@ def _solve_affine(raw: Any, given: Any, constants: Any) -> Callable[..., Any] | 
     return solve
 
 
-class MixtureCdf:
+class MixtureCdf(Elementwise):
     r"""Turns standard logistic noise into a mixture of K scaled and shifted bases, through its distribution function.
 
     .. math:: z = \operatorname{logit} F(x), \qquad F(x) = \sum_k \pi_k F_k\Big(\frac{x - \mu_k}{\sigma_k}\Big), \qquad
@@ -158,7 +158,7 @@ class MixtureCdf:
         return weights, shift, bounded(log_scale, self.min_log_scale)
 
     def start(self, std: float) -> Tensor:
-        """As declared, whatever the noise's deviation: the density is that of the components."""
+        """Outputs (outputs,), whatever the noise's deviation: the density is that of the components."""
         # Apart, so that they can go their own ways, and together of unit variance; one alone is in the middle.
         shift = torch.linspace(-0.5, 0.5, self.components) if self.components > 1 else torch.zeros(1)
         log_scale = 0.5 * math.log(1 - shift.square().mean()) - math.log(self.component.std)

@@ -100,7 +100,7 @@ class WaveformModel(nn.Module):
         return _inside(residual, cut), _inside(ladj, cut)
 
     def context(self, told: Conditioning, phase: Tensor | None = None) -> tuple[Context, Tensor | None]:
-        """Features and source, as every conditioner takes them, and the phase of the source after them.
+        """Features (B, F', C) and source (B, T, S), as conditioners take them, and the source's phase (B,) after them.
 
         Args:
             told: F frames, with `margin` or more around them.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def normalise_log_mel(mel: Tensor) -> Tensor:
-    """The log-mel of speech, which lies in about [-11.5, 2], brought near [-2, 2], where networks like their inputs."""
+    """The log-mel of speech (any shape), about [-11.5, 2], brought near [-2, 2], where networks like their inputs."""
     return (mel + 5) / 3
 
 

@@ -208,7 +208,11 @@ class WaveNet(nn.Module):
         return self._head(skip)
 
     def project(self, features: Tensor | None) -> Tensor | None:
-        """Features (B, F', C) -> one bias per layer (F', layers, B, 2 channels)."""
+        """Features (B, F', C) -> one bias per layer (F', layers, B, 2 channels).
+
+        Raises:
+            ValueError: if the network is conditional, and there are none.
+        """
         if self.context is None:
             return None
         if features is None:

@@ -60,7 +60,8 @@ def cached(flow: Autoregressive, given: Tensor, context: Context, label: str | N
 def graphed(flow: Autoregressive, given: Tensor, context: Context, label: str | None = None) -> Tensor:
     """As `cached`, with a block of its steps recorded once as a CUDA graph and replayed: for affine flows on a GPU.
 
-    A flow's last recording is kept for as long as the flow lives, and serves again for the same batch size.
+    Arguments as `naive`. A flow's last recording is kept for as long as the flow lives, and serves again for the same
+    batch size.
 
     Raises:
         ValueError: for a flow whose steps look at values, as a mixture's do.

@@ -107,7 +107,7 @@ def write(path: Path, audio: Tensor, sample_rate: int) -> None:
 
 
 def to_pcm16(audio: Tensor) -> np.ndarray:
-    """Audio in [-1, 1] as 16-bit integers, clipped to their range."""
+    """Audio in [-1, 1] as 16-bit integers in its shape (any), clipped to their range."""
     scaled = (audio.detach().cpu().float() * PCM16_STEPS).round().clamp(-PCM16_STEPS, PCM16_STEPS - 1)
     return scaled.to(torch.int16).numpy()
 

@@ -99,7 +99,7 @@ class MelConsistency(nn.Module):
             return torch.fft.irfft(spectrum * (gain.exp() - 1), self.n_fft) * window
 
     def weights(self, frames: int) -> Tensor:
-        """The squared windows of so many frames, overlapped (1, (frames - 1) * hop_length + n_fft or more)."""
+        """The squared windows of so many frames, overlapped: (1, T), T = (frames - 1) * hop_length + n_fft or more."""
         return self.overlapped(self.window.square().expand(1, frames, -1))
 
     def overlapped(self, cut: Tensor) -> Tensor:

@@ -45,7 +45,11 @@ class LinearPrediction(Transform):
         return x.to(z.dtype), self._per_sample(log_gain, z.shape[1]).expand(len(z), -1)
 
     def synthesise(self, z: Tensor, context: Context, past: Tensor) -> Tensor:
-        """x of z (B, T) after a past (B, any length) of x, in float64: rounding would ring on in a sharp filter."""
+        """x of z (B, T) after a past (B, any length) of x, in float64: rounding would ring on in a sharp filter.
+
+        Raises:
+            ValueError: if the context has fewer frames than z.
+        """
         coefficients, log_gain = context
         order = coefficients.shape[-1]
         if coefficients.shape[1] * self.hop_length < z.shape[1]:

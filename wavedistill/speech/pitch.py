@@ -142,7 +142,7 @@ class PitchPredictor(nn.Module):
         return torch.stack([voiced.to(f0.dtype), height.where(voiced, 0.0)], 1)
 
     def loss(self, told: Conditioning) -> Tensor:
-        """Cross-entropy of voicing, and where voiced of F0's bin, in nats a frame, of frames whose F0 is known."""
+        """Cross-entropy of voicing, and where voiced of F0's bin, in nats a frame (a scalar), where F0 is known."""
         assert told.f0 is not None
         f0, mel = told.f0[:, PITCH_CONTEXT : told.f0.shape[1] - PITCH_CONTEXT], told.mel
         voicing, bins = self._logits(mel)

@@ -37,7 +37,7 @@ class Player(NamedTuple):
     grad_clip: float
 
     def objective(self, terms: Terms) -> Tensor:
-        """The weighted sum of its terms."""
+        """The weighted sum of its terms, a scalar."""
         return torch.stack([weight * terms[name] for name, weight in self.weights.items() if weight]).sum()
 
 

@@ -117,37 +117,6 @@ def test_unusable_files_are_named_with_the_reason(tmp_path: Path) -> None:
             recordings.read(tmp_path / f"{name}.wav", 16000)
 
 
-def test_log_mel_files_are_checked(tmp_path: Path) -> None:
-    np.save(tmp_path / "good.npy", np.zeros((80, 7)))
-    assert audio.read_log_mel(tmp_path / "good.npy", 80).shape == (80, 7)
-    np.save(tmp_path / "low.npy", np.full((80, 7), -23.0))
-    assert torch.equal(audio.read_log_mel(tmp_path / "low.npy", 80), torch.full((80, 7), -23.0))
-    (tmp_path / "text.npy").write_text("no array")
-    (tmp_path / "empty.npy").write_bytes(b"")
-    (tmp_path / "zip.npy").write_bytes(b"PK and no more")
-    np.save(tmp_path / "whole.npy", np.zeros((80, 7), int))
-    np.save(tmp_path / "decibels.npy", np.full((80, 7), -60.0))
-    np.save(tmp_path / "turned.npy", np.zeros((7, 80)))
-    np.save(tmp_path / "flat.npy", np.zeros(80))
-    np.save(tmp_path / "infinite.npy", np.full((80, 7), -np.inf))
-    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
-    expected = {
-        "text": "not a NumPy array",
-        "turned": "transpose it",
-        "flat": r"shape \(80,\)",
-        "infinite": "not finite",
-        "empty": "not a NumPy array",
-        "zip": "not a NumPy array",
-        "whole": "values of type int64",
-        "decibels": "is it in decibels",
-        "objects": "not a NumPy array",
-        "missing": "no such file",
-    }
-    for name, reason in expected.items():
-        with pytest.raises(AudioError, match=rf"{name}\.npy: .*{reason}"):
-            audio.read_log_mel(tmp_path / f"{name}.npy", 80)
-
-
 def test_level_gain_reaches_the_level_without_clipping() -> None:
     quiet = speech_like(8000) * 0.01
     assert abs(audio.rms_db(quiet * audio.level_gain(quiet, -23)) + 23) < 1e-4

@@ -69,9 +69,12 @@ class Place:
         np.save(self.root / name, array)
         return self.root / name
 
-    def npz(self, name: str) -> Path:
-        with (self.root / name).open("wb") as file:
-            np.savez(file, mel=MEL)
+    def npz(self, name: str, **arrays: np.ndarray) -> Path:
+        np.savez(self.root / name, **arrays)
+        return self.root / name
+
+    def tensor(self, name: str, content: Any) -> Path:
+        torch.save(content, self.root / name)
         return self.root / name
 
     def dir(self, name: str) -> Path:
@@ -163,11 +166,10 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "NaN": (1, "a.wav: holds samples that are not finite", lambda p: p.generate(p.wav("a.wav", [0, np.nan, 0]))),
     "infinite": (1, "a.wav: holds samples that are not finite", lambda p: p.generate(p.wav("a.wav", [0, np.inf]))),
     "no file": (1, "a.wav: no such file", lambda p: p.generate(p.root / "a.wav")),
-    "folder": (1, "voice: is a folder; give the files in it", lambda p: p.generate(p.voice)),
     "half a header": (1, "a.flac: not readable", lambda p: p.generate(p.file("a.flac", b"fLaC\0\0\0"))),
     "overwrites": (1, "would overwrite this input", lambda p: p.generate(p.voice / "0.wav", out=p.voice)),
     "same name": (1, "another input of the same name", lambda p: p.generate(p.voice / "0.wav", p.root / "0.npy")),
-    "out is a file": (1, "out", lambda p: p.generate(p.voice / "0.wav", out=p.file("out", "x"))),
+    "out is a file": (1, "out: cannot be written", lambda p: p.generate(p.voice / "0.wav", out=p.file("out", "x"))),
     "half a wav": (1, "a.wav: is cut off: 0.50 of 1.00 seconds", lambda p: p.generate(damage(p.copy("a.wav")))),
     "half a FLAC": (1, "a.flac: is cut off: 0.", lambda p: p.generate(damage(p.sound("a.flac")))),
     "half an AIFF": (1, "a.aiff: is cut off: 0.", lambda p: p.generate(damage(p.sound("a.aiff")))),
@@ -198,10 +200,9 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "link to nothing": (1, "a.wav: no such file", lambda p: p.generate(p.link("a.wav", "nothing"))),
     "link to itself": (1, "a.wav: ", lambda p: p.generate(p.link("a.wav", "a.wav"))),
     "below a file": (1, "0.wav/a.wav: ", lambda p: p.generate(p.voice / "0.wav" / "a.wav")),
-    "same long name": (1, "another input of the same name", lambda p: p.generate("n" * 254, "n" * 253)),
+    "same long name": (1, "another input of the same name", lambda p: p.generate(p.copy("n" * 254), p.copy("n" * 253))),
     # Log-mels.
-    "bands": (1, "m.npy: has shape (80, 12)", lambda p: p.generate(p.npy("m.npy", np.ones((80, 12))))),
-    "transposed": (1, "so transpose it", lambda p: p.generate(p.npy("m.npy", MEL.T))),
+    "bands": (1, "m.npy: has shape (80, 12); the model was", lambda p: p.generate(p.npy("m.npy", np.ones((80, 12))))),
     "integers": (1, "m.npy: holds values of type int", lambda p: p.generate(p.npy("m.npy", MEL.astype(int)))),
     "NaN in a mel": (1, "m.npy: holds values that are not finite", lambda p: p.generate(p.npy("m.npy", MEL * np.nan))),
     "decibels": (1, "is it in decibels", lambda p: p.generate(p.npy("m.npy", MEL * 16))),
@@ -213,11 +214,25 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "infinite mel": (1, "m.npy: holds values that are not", lambda p: p.generate(p.npy("m.npy", MEL * np.inf))),
     "half's infinity": (1, "not finite", lambda p: p.generate(p.npy("m.npy", np.full((40, 9), np.inf, np.float16)))),
     "huge": (1, "m.npy: not a NumPy array", lambda p: p.generate(huge(p.npy("m.npy", MEL)))),
-    "zip as mel": (1, "m.npy: has shape ?", lambda p: p.generate(p.npz("m.npy"))),
-    "zipped": (1, "m.npz: log-mels are read from .npy files", lambda p: p.generate(p.npz("m.npz"))),
-    "tensor": (1, "m.pt: log-mels are read from .npy files", lambda p: p.generate(p.file("m.pt", "x"))),
-    "old tensor": (1, "m.pth: log-mels are read from .npy files", lambda p: p.generate(p.file("m.pth", "x"))),
-    "folder as mel": (1, "m.npy: cannot be read: is a directory", lambda p: p.generate(p.dir("m.npy"))),
+    "two arrays": (1, "m.npz: holds a, b; expected one", lambda p: p.generate(p.npz("m.npz", a=MEL, b=MEL))),
+    "no arrays": (1, "m.npz: holds ; expected one", lambda p: p.generate(p.npz("m.npz"))),
+    "no zip": (1, "m.npz: not a NumPy array", lambda p: p.generate(p.file("m.npz", "x"))),
+    "no tensor": (1, "m.pt: not a file of tensors", lambda p: p.generate(p.file("m.pt", "x"))),
+    "half a tensor": (1, "m.pt: not a torch array", lambda p: p.generate(damage(p.tensor("m.pt", MEL)))),
+    "code": (1, "m.pt: not a file of tensors", lambda p: p.generate(p.tensor("m.pt", {"mel": Path("x")}))),
+    "words in a tensor": (1, "m.pt: holds str; expected", lambda p: p.generate(p.tensor("m.pt", "x"))),
+    "statistics": (1, "statistics are of 3 bands", lambda p: [*with_mel(p), "--mel-stats", stats(p, mean=3, scale=3)]),
+    "no statistics": (1, "s.npz: holds a; expected mean", lambda p: [*with_mel(p), "--mel-stats", stats(p, a=3)]),
+    "odd statistics": (1, "s.npy: has shape (40, 2)", lambda p: [*with_mel(p), "--mel-stats", odd_stats(p)]),
+    # What is given beside it.
+    "no match": (1, "*.wav: there is no such file, nor does any", lambda p: p.generate(p.root / "*.wav")),
+    "empty folder": (1, "none: holds no audio and no log-mel", lambda p: p.generate(p.dir("none"))),
+    "no list": (1, "no.txt: cannot be read as a list", lambda p: [*p.generate(), "--list", str(p.root / "no.txt")]),
+    "not ours": (1, "0.wav: is there already, and", lambda p: then(in_the_way(p), p.generate(p.voice / "0.wav"))),
+    "folder in the way": (1, "0.wav: is a folder", lambda p: then(folder_there(p), p.generate(p.voice / "0.wav"))),
+    "no room": (1, "x: cannot be written to: ", lambda p: p.generate(p.voice / "0.wav", out=Path("/proc/x"))),
+    "full disk": (1, "0.wav: cannot be written: no space left", lambda p: then(full(p), p.generate(p.voice / "0.wav"))),
+    "folder as mel": (1, "m.npy: holds no audio and no log-mel", lambda p: p.generate(p.dir("m.npy"))),
     "mel of a strange name": (1, "m\\nm.npy: not a NumPy array", lambda p: p.generate(p.file("m\nm.npy", "x"))),
     "no frames": (1, "m.npy: has shape (40, 0)", lambda p: p.generate(p.npy("m.npy", MEL[:, :0]))),
     "objects": (1, "m.npy: not a NumPy array", lambda p: p.generate(p.npy("m.npy", np.array([{}], dtype=object)))),
@@ -426,6 +441,33 @@ def linked(p: Place, name: str) -> None:
     (p.voice / name).symlink_to("nothing")
 
 
+def with_mel(p: Place) -> list[str]:
+    return p.generate(p.npy("m.npy", MEL))
+
+
+def stats(p: Place, **bands: int) -> str:
+    return str(p.npz("s.npz", **{name: np.ones(count) for name, count in bands.items()}))
+
+
+def odd_stats(p: Place) -> str:
+    return str(p.npy("s.npy", np.ones((40, 2))))
+
+
+def in_the_way(p: Place) -> None:
+    """What is to be written is there, but is somebody else's."""
+    shutil.copytree(p.voice, p.out)
+
+
+def folder_there(p: Place) -> None:
+    (p.out / "0.wav").mkdir(parents=True)
+
+
+def full(p: Place) -> None:
+    """What is written on the way to 0.wav lies on a disk without room."""
+    p.out.mkdir()
+    (p.out / "0.wav.partial").symlink_to("/dev/full")
+
+
 def replaced_by_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -506,23 +548,37 @@ def run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | None
     return ended.value.code
 
 
-def test_of_many_inputs_the_good_ones_are_synthesised_and_the_others_named(
+def test_of_many_inputs_all_faults_that_show_are_named_before_anything_is_drawn(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = Place(tmp_path / "place")
     shutil.copytree(finished, place.root)
-    inputs = [
-        *(place.file("words.wav", "words"), place.voice / "0.wav", place.npy("bad.npy", MEL.T)),
-        *(damage(place.copy("cut.wav")), place.npy("good.npy", MEL), place.root / "gone.wav"),
-    ]
-    assert run(place.generate(*inputs), monkeypatch) == 1
+    faulty = [place.file("words.wav", "words"), place.npy("bad.npy", np.ones((9, 9))), place.root / "gone.wav"]
+    place.out.mkdir()
+    (place.out / "1.wav").write_text("mine")
+    assert run(place.generate(*faulty, place.voice / "0.wav", place.voice / "1.wav"), monkeypatch) == 1
+    assert [path.name for path in place.out.iterdir()] == ["1.wav"]
+    assert (place.out / "1.wav").read_text() == "mine"
     said = capsys.readouterr()
-    assert {path.name for path in place.out.iterdir()} == {"0.wav", "good.wav"}
-    assert len(said.out.splitlines()) == 2
     first, *others = said.err[said.err.index("wavedistill: ") :].splitlines()
-    assert first == "wavedistill: 4 of 6 inputs could not be synthesised:"
-    for line, name in zip(others, ("words.wav", "bad.npy", "cut.wav", "gone.wav"), strict=True):
-        assert line.startswith(str(place.root / name))
+    assert first == "wavedistill: nothing was drawn, because of 4 faults in 5 inputs:"
+    for line, path in zip(others, (*faulty, place.out / "1.wav"), strict=True):
+        assert line.startswith(f"{path}: ")
+
+
+def test_what_shows_only_while_it_is_drawn_stops_no_other(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Place(tmp_path / "place")
+    shutil.copytree(finished, place.root)
+    cut, nothing = damage(place.copy("cut.wav")), place.wav("nothing.wav", [])
+    assert run(place.generate(cut, place.npy("good.npy", MEL), nothing), monkeypatch) == 1
+    said = capsys.readouterr()
+    assert {path.name for path in place.out.iterdir()} == {"good.wav"}
+    first, *others = said.err[said.err.index("wavedistill: ") :].splitlines()
+    assert first == "wavedistill: 2 of 3 inputs could not be synthesised:"
+    for line, path in zip(others, (cut, nothing), strict=True):
+        assert line.startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize(

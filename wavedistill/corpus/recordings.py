@@ -61,7 +61,7 @@ class Survey(NamedTuple):
     clipped: float
 
 
-class _Forward(soundfile.SoundFile):  # type: ignore[misc]
+class Forward(soundfile.SoundFile):  # type: ignore[misc]
     """A file read from beginning to end: soundfile seeks after each read, where FLAC of unknown length fails."""
 
     def seekable(self) -> bool:
@@ -206,7 +206,7 @@ def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
 
 
 def _opened(path: Path) -> soundfile.SoundFile:
-    return _Forward(os.fsencode(path))  # soundfile cannot encode every name that a file may have
+    return Forward(os.fsencode(path))  # soundfile cannot encode every name that a file may have
 
 
 def _chunk(path: Path) -> tuple[int, int]:
@@ -232,6 +232,8 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         if path.is_dir():
             raise AudioError(f"{name}: is a folder; give the files in it: {name}/*.wav")
+        with path.open("rb"):  # libsndfile says "System error" for all that may go wrong here
+            pass
         yield
     except AudioError:
         raise

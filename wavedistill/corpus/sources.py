@@ -214,7 +214,7 @@ def _own(path: str) -> Path:
 
 
 class Found(NamedTuple):
-    """What a folder holds: recordings, and what looks like some and is not used, with the reason."""
+    """What a folder holds: files that are wanted, and what looks like some and is not used, with the reason."""
 
     files: list[Path]
     unused: list[str]
@@ -234,7 +234,7 @@ def _found(corpus: FolderCorpus) -> Found:
     if not root.is_dir():
         problem = "is a file, not a folder" if root.exists() else f"does not exist (looked at {shown(root.absolute())})"
         raise CorpusError(f"{given}: {problem}; give the folder that holds your recordings")
-    found = _below(root)
+    found = below(root, recordings.READABLE)
     if not found.files:
         kinds = ", ".join(sorted(recordings.READABLE))
         others = f"; not used: {'; '.join(found.unused)}" if found.unused else ""
@@ -242,8 +242,13 @@ def _found(corpus: FolderCorpus) -> Found:
     return found
 
 
-def _below(root: Path) -> Found:
-    """What a folder and its subfolders hold, each visited once, and those behind links after all others."""
+def below(root: Path, kinds: frozenset[str]) -> Found:
+    """What a folder and its subfolders hold, each visited once, and those behind links after all others.
+
+    Args:
+        root: the folder.
+        kinds: the endings of the files that are wanted.
+    """
     files, unused, others = [], [], []
     waiting, visited = deque([root]), set()
     while waiting:
@@ -259,13 +264,13 @@ def _below(root: Path) -> Found:
             if path.is_dir():
                 if not hidden:
                     waiting.append(path) if path.is_symlink() else waiting.appendleft(path)
-                elif count := sum(inner.suffix.lower() in recordings.READABLE for inner in path.rglob("[!.]*")):
+                elif count := sum(inner.suffix.lower() in kinds for inner in path.rglob("[!.]*")):
                     unused.append(f"{shown(path.relative_to(root))}, a hidden folder: {count} recordings")
             elif hidden:
                 continue  # other programs' own, for instance macOS's "._take1.wav"
             elif suffix in recordings.UNREADABLE:
                 others.append(path)
-            elif suffix in recordings.READABLE:
+            elif suffix in kinds:
                 if path.is_file():
                     files.append(path)
                 else:

@@ -1,9 +1,9 @@
-"""Levels and log-mel of audio, and the files they are written to and read from."""
+"""Levels and log-mel of audio, and the files that it is written to."""
 
 import io
 import math
-import zipfile
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,7 @@ import torchaudio
 from torch import Tensor, nn
 
 from wavedistill.recipe.sections import Audio
-from wavedistill.tools.errors import AudioError
-from wavedistill.tools.files import replacing, shown
+from wavedistill.tools.files import replacing
 
 PCM16_STEPS = 32768
 MEL_FLOOR = 1e-5
@@ -23,9 +22,7 @@ LOG_MEL_FLOOR = float(np.log(MEL_FLOOR))
 BLOCK_SAMPLES = 2**20
 """Of long audio, that are converted at a time."""
 BLOCK_FRAMES = 1024
-"""Of a log-mel, that are computed at a time where it is long."""
-LOG_MEL_RANGE = (-30, 10)
-"""What the log-mel of audio in [-1, 1] lies well within, whatever floor it was made with."""
+"""Of long audio, whose log-mel is computed at a time."""
 
 
 class LogMel(nn.Module):
@@ -47,24 +44,40 @@ class LogMel(nn.Module):
 
     def forward(self, audio: Tensor) -> Tensor:
         """Audio (B, F * hop) with `overlap` more samples at either end -> log-mel (B, n_mels, F)."""
-        magnitude: Tensor = self.spectrogram(audio)
-        return (self.filters.T @ magnitude).clamp_min(MEL_FLOOR).log()
+        with torch.autocast(audio.device.type, enabled=False):
+            magnitude: Tensor = self.spectrogram(audio)
+            return (self.filters.T @ magnitude).clamp_min(MEL_FLOOR).log()
 
     def of_file(self, audio: Tensor, margin: int = 0) -> Tensor:
         """A whole waveform (B, F * hop) -> log-mel (B, n_mels, F + 2 margin), with silence before and after it."""
         mel = self(nn.functional.pad(audio, (self.overlap, self.overlap)))
         return pad_frames(mel, margin)
 
-    def of_blocks(self, audio: Tensor, margin: int) -> Iterator[Tensor]:
-        """As `of_file`, in pieces (B, n_mels, any number of frames), so that no more than a piece is ever held."""
+    def of_blocks(self, audio: Iterable[Tensor], margin: int) -> Iterator[Tensor]:
+        """As `of_file`, piece by piece, each as soon as its samples are known, so that no more is ever held.
+
+        Args:
+            audio: pieces (B, any number); together filled up to whole hops.
+            margin: frames of silence before and after.
+
+        Yields:
+            Pieces (B, n_mels, any number of frames).
+        """
         hop, overlap = self.spectrogram.hop_length, self.overlap
-        silence = pad_frames(audio.new_zeros(len(audio), len(self.filters.T), 0), margin)[..., :margin]
-        yield silence
-        for start in range(0, audio.shape[-1], hop * BLOCK_FRAMES):
-            stop = min(audio.shape[-1], start + hop * BLOCK_FRAMES)
-            before, after = min(start, overlap), min(audio.shape[-1] - stop, overlap)
-            around = audio[..., start - before : stop + after]
-            yield self(nn.functional.pad(around, (overlap - before, overlap - after)))
+        known: Tensor | None = None
+        for piece in audio:
+            if known is None:
+                silence = pad_frames(piece.new_zeros(len(piece), len(self.filters.T), 0), margin)[..., :margin]
+                known = piece.new_zeros(len(piece), overlap)
+                yield silence
+            known = torch.cat([known, piece], 1)
+            if (frames := (known.shape[1] - 2 * overlap) // hop) > 0:
+                yield self(known[:, : frames * hop + 2 * overlap])
+                known = known[:, frames * hop :]
+        if known is None:
+            return
+        if frames := -(-(known.shape[1] - overlap) // hop):
+            yield self(nn.functional.pad(known, (0, frames * hop + 2 * overlap - known.shape[1])))
         yield silence
 
     def of_segment(self, audio: Tensor, inside: Tensor) -> Tensor:
@@ -95,57 +108,40 @@ def pad_to_hops(audio: Tensor, hop_length: int) -> Tensor:
     return nn.functional.pad(audio, (0, -audio.shape[-1] % hop_length))
 
 
-def write(path: Path, audio: Tensor, sample_rate: int) -> None:
-    """Write audio (T,) in [-1, 1] with 16 bits as the kind of file its suffix says; larger values clip."""
+def write(path: Path, audio: Tensor, sample_rate: int, comment: str | None = None) -> None:
+    """Write audio (T,) in [-1, 1] with 16 bits as the kind of file its suffix says; larger values clip.
+
+    A comment stands behind the samples, where `comment_of` finds it and players do not mind it.
+    """
+    content = encoded(audio, sample_rate, path.suffix.removeprefix(".").upper(), comment)
+    with replacing(path) as file:
+        file.write(content)
+
+
+def encoded(audio: Tensor, sample_rate: int, kind: str = "WAV", comment: str | None = None) -> memoryview:
+    """The content of a file of audio (T,); arguments as in `write`."""
     content = io.BytesIO()
-    kind = path.suffix.removeprefix(".").upper()
     with soundfile.SoundFile(content, "w", sample_rate, 1, "PCM_16", format=kind) as file:
         for block in audio.split(BLOCK_SAMPLES):
             file.write(to_pcm16(block))
-    with replacing(path) as file:
-        file.write(content.getbuffer())
+        if comment is not None:
+            file.comment = comment
+    return content.getbuffer()
+
+
+def comment_of(path: Path) -> str | None:
+    """The comment in a file of audio; None if there is none, or the file is none of audio."""
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            return str(file.comment) or None
+    except soundfile.SoundFileError:
+        return None
 
 
 def to_pcm16(audio: Tensor) -> np.ndarray:
     """Audio in [-1, 1] as 16-bit integers in its shape (any), clipped to their range."""
     scaled = (audio.detach().cpu().float() * PCM16_STEPS).round().clamp(-PCM16_STEPS, PCM16_STEPS - 1)
     return scaled.to(torch.int16).numpy()
-
-
-def read_log_mel(path: Path, n_mels: int) -> Tensor:
-    """Read a log-mel (n_mels, F) from a `.npy` file, as it is: other programs have lower floors than `LogMel`.
-
-    A batch axis of one is left out.
-
-    Raises:
-        AudioError: if the file does not hold a finite array of that shape.
-    """
-    name = shown(path)
-    try:
-        mel = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise AudioError(f"{name}: no such file") from error
-    except OSError as error:
-        raise AudioError(f"{name}: cannot be read: {(error.strerror or str(error)).lower()}") from error
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise AudioError(f"{name}: not a NumPy array file: {_reason(error)}") from error
-    expected = f"expected a log-mel of shape ({n_mels}, frames), natural logarithm of amplitudes"
-    if isinstance(mel, np.ndarray) and mel.ndim == 3 and len(mel) == 1:
-        mel = mel[0]
-    if not isinstance(mel, np.ndarray) or mel.ndim != 2 or mel.shape[0] != n_mels or not mel.shape[1]:
-        hint = ", so transpose it" if getattr(mel, "ndim", 0) == 2 and mel.shape[1] == n_mels else ""
-        raise AudioError(f"{name}: has shape {getattr(mel, 'shape', '?')}; {expected}{hint}")
-    if not np.issubdtype(mel.dtype, np.floating):
-        raise AudioError(f"{name}: holds values of type {mel.dtype}; {expected}, as floating-point numbers")
-    if not np.isfinite(mel).all():
-        raise AudioError(f"{name}: holds values that are not finite; {expected}")
-    low, high = LOG_MEL_RANGE
-    if mel.min() < low or mel.max() > high:
-        raise AudioError(
-            f"{name}: holds values from {mel.min():.1f} to {mel.max():.1f}; {expected}, which lie between {low} and "
-            f"{high}: is it in decibels, or of powers?"
-        )
-    return torch.from_numpy(mel.astype(np.float32))
 
 
 def rms_db(audio: Tensor) -> float:
@@ -165,7 +161,3 @@ def level_gain(audio: Tensor, level_db: float) -> float:
     if peak == 0:
         return 1.0
     return min(10 ** ((level_db - rms_db(audio)) / 20), 0.95 / peak)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().rstrip(".").rsplit(": ", 1)[-1]

@@ -1,23 +1,34 @@
 """Whether what a model is to speak from looks like what it was trained on, and if not, what it looks like."""
 
+import itertools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from librosa import mel_frequencies
 from torch import Tensor
 
 from wavedistill.recipe.sections import Audio
 from wavedistill.speech.audio import LOG_MEL_FLOOR, MEL_FLOOR
-from wavedistill.speech.heard import Heard, sounding
+from wavedistill.speech.heard import Heard, change, sounding
+from wavedistill.speech.mels import MelFormat
 from wavedistill.speech.pitch import track_f0
-from wavedistill.tools.errors import AudioError
 
-NATS_A_DECIBEL = math.log(10) / 20
+USUAL = MelFormat()
 OFFSETS, SHAPES, SPREADS = (-4.0, 2.0), (0.0, 1.5), (-0.8, 0.6)
 """What the log-mel of another speaker, or of another level, stays well within: see `Likeness`."""
 FEWEST_FRAMES = 40
+UPPER_FREQUENCIES = (4000.0, 5500.0, 7000.0, 8000.0, 9500.0, 11025.0, 12000.0)
+"""Hz; of mel bands as others have them."""
+SAME_VOICE, BETTER_BY = 0.38, 0.15
+"""RMS over bands, nats: what a mean of the training's own voice stays below, and by how much other bands must do so
+better than the model's. Another voice is further off wherever its bands lie."""
+PACES = (0.7, 1.42)
+"""How much a log-mel may change from frame to frame, relative to the training."""
+UNSCALED = "mel filters of height 1, without area normalisation"
+UNSCALED_ADVICE = "give the filters norm='slaney', as librosa does by default and HiFi-GAN with it"
 F0_RANGE = (50.0, 800.0)
 """Hz; of any voice."""
 F0_MARGIN = 1.2
@@ -49,51 +60,109 @@ class Likeness(NamedTuple):
 
 
 KINDS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "log10 of amplitudes": ("multiply it by ln 10 = 2.3026", lambda m: m * math.log(10)),
-    "natural logarithm of powers": ("halve it", lambda m: m / 2),
-    "decibels": ("multiply it by ln 10 / 20 = 0.11513", lambda m: m * NATS_A_DECIBEL),
+    "natural logarithms of amplitudes": ("leave out --mel-format", MelFormat("ln").natural),
+    "log10 of amplitudes": ("give --mel-format log10", MelFormat("log10").natural),
+    "decibels": ("give --mel-format db", MelFormat("db").natural),
+    "decibels normalised to [0, 1]": ("give --mel-format unit", MelFormat("unit").natural),
+    "decibels normalised to [-4, 4]": ("give --mel-format symmetric", MelFormat("symmetric").natural),
+    "natural logarithms of powers": ("halve it", lambda m: m / 2),
     "amplitudes without a logarithm": (
         "take its logarithm, with a floor of 1e-5",
         lambda m: m.clamp_min(MEL_FLOOR).log(),
     ),
-    "decibels normalised to [0, 1]": (
-        "undo it: (100 m - 80) x 0.11513, if 20 dB were the reference and -100 dB the floor",
-        lambda m: (100 * m - 80) * NATS_A_DECIBEL,
-    ),
-    "decibels normalised to [-4, 4]": (
-        "undo it: (12.5 m - 30) x 0.11513, if 20 dB were the reference and -100 dB the floor",
-        lambda m: (12.5 * m - 30) * NATS_A_DECIBEL,
+    "powers without a logarithm": (
+        "take half its logarithm, with a floor of 1e-10",
+        lambda m: m.clamp_min(MEL_FLOOR**2).log() / 2,
     ),
 }
-"""Other kinds of log-mel: what to do with one, and the same as natural logarithm of amplitudes."""
+"""Kinds of log-mel: what to do with one, and the same as natural logarithm of amplitudes."""
 
 
-def examine(path: Path, mel: Tensor, heard: Heard) -> str | None:
-    """A word about a log-mel (n_mels, F) from a file that no voice explains; None for a usual one.
+class Finding(NamedTuple):
+    """What a log-mel that is not like those of the training looks like.
 
-    Other voices, levels, rates and upper frequencies are usual, and so are log10 of powers, which differ by an eighth.
-    Less than half a second, in frames of 12.5 ms, is too little to tell.
-
-    Raises:
-        AudioError: if it looks like another kind of log-mel: what would be drawn from it is noise.
+    Attributes:
+        said: in words, with what to do.
+        other: whether its numbers mean something else: what would be drawn from it is noise.
     """
-    silent = bool(mel.max() <= LOG_MEL_FLOOR)
-    if silent or sounding(mel).shape[1] < FEWEST_FRAMES or likeness(mel, heard).usual:
+
+    said: str
+    other: bool
+
+
+def examine(mel: Tensor, heard: Heard, units: Audio, given: MelFormat = USUAL) -> Finding | None:
+    """What a log-mel (n_mels, F) looks like that no voice explains; None for a usual one.
+
+    Other voices and levels are usual, and so are log10 of powers, which differ by an eighth. Other mel bands are told
+    where the voice is that of the training. Less than half a second, in frames of 12.5 ms, is too little to tell.
+    """
+    restored, natural = given.restored(mel), given.natural(mel)
+    if bool(natural.max() <= LOG_MEL_FLOOR) or sounding(natural).shape[1] < FEWEST_FRAMES:
         return None
+    found = likeness(natural, heard)
+    if found.usual:
+        said = _other_bands(natural, heard, units) or _other_pace(natural, heard, units)
+        return Finding(said, False) if said else None
     if mel.mean(1).abs().mean() < 0.3 and (mel.std(1) - 1).abs().mean() < 0.3:
-        kind, advice = "a log-mel normalised to mean 0 and deviation 1", "undo that with its mean and deviation"
-    else:
-        fits = {kind: likeness(natural(mel), heard) for kind, (_, natural) in KINDS.items()}
-        usual = [kind for kind, fit in fits.items() if fit.usual]
-        if not usual:
-            found = likeness(mel, heard)
-            return (
-                f"unlike the log-mels of the training: {found.offset:+.1f} nats in level, {found.shape:.1f} in shape, "
-                f"{math.exp(found.spread):.2f} times as lively; was it made with the settings that the recipe has?"
-            )
-        kind = min(usual, key=lambda name: fits[name].distance)
-        advice = KINDS[kind][0]
-    raise AudioError(f"{path}: looks like {kind}, and natural logarithms of amplitudes are wanted: {advice}")
+        return Finding(
+            "looks like a log-mel normalised to mean 0 and deviation 1: give --mel-stats with its mean and scale", True
+        )
+    kinds = {**KINDS, UNSCALED: (UNSCALED_ADVICE, lambda m: m - _log_areas(units)[:, None])}
+    fits = {kind: likeness(natural_of(restored), heard) for kind, (_, natural_of) in kinds.items()}
+    usual = [kind for kind, fit in fits.items() if fit.usual]
+    if not usual:
+        return Finding(
+            f"unlike the log-mels of the training: {found.offset:+.1f} nats in level, {found.shape:.1f} in shape, "
+            f"{math.exp(found.spread):.2f} times as lively; was it made with what `wavedistill info` shows?",
+            False,
+        )
+    kind = min(usual, key=lambda name: fits[name].distance)
+    return Finding(f"looks like {kind}: {kinds[kind][0]}", True)
+
+
+def _other_bands(natural: Tensor, heard: Heard, units: Audio) -> str | None:
+    """A word about a log-mel whose mean is that of the training, if its bands lay elsewhere."""
+    mean, envelope = sounding(natural).mean(1).numpy(), np.array(heard.mel_mean)
+    here = _edges(units, units.f_max)[1 : units.n_mels + 1]
+    shapes: dict[tuple[bool, float], float] = {}
+    for htk, f_max in itertools.product((False, True), sorted({units.f_max, *UPPER_FREQUENCIES})):
+        there = _edges(units, f_max, htk=htk)[1 : units.n_mels + 1]
+        known = there <= here[-1]
+        shapes[htk, f_max] = float((mean - np.interp(there, here, envelope))[known].std())
+    own = shapes[False, units.f_max]
+    (htk, f_max), shape = min(shapes.items(), key=lambda item: item[1])
+    if shape > SAME_VOICE or own - shape < BETTER_BY:
+        return None
+    scale = "HTK's mel scale" if htk else "Slaney's mel scale"
+    return (
+        f"looks like mel bands up to about {f_max:.0f} Hz on {scale}, and the model's go up to {units.f_max:.0f} Hz on "
+        "Slaney's: compute it with the settings that `wavedistill info` shows"
+    )
+
+
+def _other_pace(natural: Tensor, heard: Heard, units: Audio) -> str | None:
+    """A word about a log-mel that changes faster or more slowly than speech does at the model's hop."""
+    if heard.mel_change is None:
+        return None
+    ratio, hop_ms = float(change(natural)) / heard.mel_change, 1000 * units.hop_length / units.sample_rate
+    if PACES[0] <= ratio <= PACES[1]:
+        return None
+    return (
+        f"changes {ratio:.1f} times as much from frame to frame as in the training, as if its hop were about "
+        f"{ratio * hop_ms:.0f} ms; the model's is {hop_ms:.1f} ms, {units.hop_length} samples at {units.sample_rate} Hz"
+    )
+
+
+def _log_areas(units: Audio) -> Tensor:
+    """Log of the areas (n_mels,) in Hz that mel filters of height 1 have."""
+    edges = torch.from_numpy(_edges(units, units.f_max)).float()
+    return ((edges[2:] - edges[: units.n_mels]) / 2).log()
+
+
+def _edges(units: Audio, f_max: float, *, htk: bool = False) -> np.ndarray:
+    """Where mel bands (n_mels + 2,) begin, have their middles and end, in Hz."""
+    edges: np.ndarray = mel_frequencies(units.n_mels + 2, fmin=units.f_min, fmax=f_max, htk=htk)
+    return edges
 
 
 def examine_f0(audio: Tensor, settings: Audio, heard: Heard) -> str | None:

@@ -1,5 +1,6 @@
 """The commands."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +197,22 @@ def release(
     from wavedistill.vocoder.release import release as release_voice
 
     typer.echo(release_voice(checkpoint, out, speakers))
+
+
+@app.command()
+def info(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint.safetensors of a trained model.")
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As JSON, with the mean and deviation of each mel band of the training.")
+    ] = False,
+) -> None:
+    """Show what log-mels a checkpoint expects, and what it gives: rate, hop, bands, scale, level, size, licence."""
+    from wavedistill.vocoder.contract import contract, in_words
+
+    figures = contract(checkpoint)
+    typer.echo(json.dumps(figures, indent=1) if as_json else in_words(figures))
 
 
 def _run(

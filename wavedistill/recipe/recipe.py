@@ -20,7 +20,7 @@ from wavedistill.recipe.sections import (
 )
 from wavedistill.recipe.trainings import AnyTraining, Distillation, Likelihood, Training
 
-RESERVED = {"prepare", "evaluate", "benchmark", "report", "run", "generate", "new", "audio", "samples"}
+RESERVED = {"prepare", "evaluate", "benchmark", "report", "run", "generate", "info", "new", "audio", "samples"}
 """Commands, and folders of an experiment."""
 
 

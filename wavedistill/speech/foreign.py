@@ -13,7 +13,7 @@ from torch import Tensor
 from wavedistill.recipe.sections import Audio
 from wavedistill.speech.audio import LOG_MEL_FLOOR, MEL_FLOOR
 from wavedistill.speech.heard import Heard, change, sounding
-from wavedistill.speech.mels import MelFormat
+from wavedistill.speech.mels import NATS_A_DECIBEL, MelFormat
 from wavedistill.speech.pitch import track_f0
 
 USUAL = MelFormat()
@@ -27,8 +27,6 @@ SAME_VOICE, BETTER_BY = 0.38, 0.15
 better than the model's. Another voice is further off wherever its bands lie."""
 PACES = (0.7, 1.42)
 """How much a log-mel may change from frame to frame, relative to the training."""
-UNSCALED = "mel filters of height 1, without area normalisation"
-UNSCALED_ADVICE = "give the filters norm='slaney', as librosa does by default and HiFi-GAN with it"
 F0_RANGE = (50.0, 800.0)
 """Hz; of any voice."""
 F0_MARGIN = 1.2
@@ -59,25 +57,6 @@ class Likeness(NamedTuple):
         return abs(self.offset) + self.shape + 3 * abs(self.spread)
 
 
-KINDS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "natural logarithms of amplitudes": ("leave out --mel-format", MelFormat("ln").natural),
-    "log10 of amplitudes": ("give --mel-format log10", MelFormat("log10").natural),
-    "decibels": ("give --mel-format db", MelFormat("db").natural),
-    "decibels normalised to [0, 1]": ("give --mel-format unit", MelFormat("unit").natural),
-    "decibels normalised to [-4, 4]": ("give --mel-format symmetric", MelFormat("symmetric").natural),
-    "natural logarithms of powers": ("halve it", lambda m: m / 2),
-    "amplitudes without a logarithm": (
-        "take its logarithm, with a floor of 1e-5",
-        lambda m: m.clamp_min(MEL_FLOOR).log(),
-    ),
-    "powers without a logarithm": (
-        "take half its logarithm, with a floor of 1e-10",
-        lambda m: m.clamp_min(MEL_FLOOR**2).log() / 2,
-    ),
-}
-"""Kinds of log-mel: what to do with one, and the same as natural logarithm of amplitudes."""
-
-
 class Finding(NamedTuple):
     """What a log-mel that is not like those of the training looks like.
 
@@ -97,27 +76,27 @@ def examine(mel: Tensor, heard: Heard, units: Audio, given: MelFormat = USUAL) -
     where the voice is that of the training. Less than half a second, in frames of 12.5 ms, is too little to tell.
     """
     restored, natural = given.restored(mel), given.natural(mel)
-    if bool(natural.max() <= LOG_MEL_FLOOR) or sounding(natural).shape[1] < FEWEST_FRAMES:
+    if natural.max() <= LOG_MEL_FLOOR:
         return None
     found = likeness(natural, heard)
-    if found.usual:
+    if found and found.usual:
         said = _other_bands(natural, heard, units) or _other_pace(natural, heard, units)
         return Finding(said, False) if said else None
-    if mel.mean(1).abs().mean() < 0.3 and (mel.std(1) - 1).abs().mean() < 0.3:
+    if found and mel.mean(1).abs().mean() < 0.3 and (mel.std(1) - 1).abs().mean() < 0.3:
         return Finding(
             "looks like a log-mel normalised to mean 0 and deviation 1: give --mel-stats with its mean and scale", True
         )
-    kinds = {**KINDS, UNSCALED: (UNSCALED_ADVICE, lambda m: m - _log_areas(units)[:, None])}
+    kinds = _kinds(units)
     fits = {kind: likeness(natural_of(restored), heard) for kind, (_, natural_of) in kinds.items()}
-    usual = [kind for kind, fit in fits.items() if fit.usual]
-    if not usual:
-        return Finding(
-            f"unlike the log-mels of the training: {found.offset:+.1f} nats in level, {found.shape:.1f} in shape, "
-            f"{math.exp(found.spread):.2f} times as lively; was it made with what `wavedistill info` shows?",
-            False,
-        )
-    kind = min(usual, key=lambda name: fits[name].distance)
-    return Finding(f"looks like {kind}: {kinds[kind][0]}", True)
+    usual = {kind: fit.distance for kind, fit in fits.items() if fit and fit.usual}
+    if usual:
+        kind = min(usual, key=lambda name: usual[name])
+        return Finding(f"looks like {kind}: {kinds[kind][0]}", True)
+    return found and Finding(
+        f"unlike the log-mels of the training: {found.offset:+.1f} nats in level, {found.shape:.1f} in shape, "
+        f"{math.exp(found.spread):.2f} times as lively; was it made with what `wavedistill info` shows?",
+        False,
+    )
 
 
 def _other_bands(natural: Tensor, heard: Heard, units: Audio) -> str | None:
@@ -144,7 +123,7 @@ def _other_pace(natural: Tensor, heard: Heard, units: Audio) -> str | None:
     """A word about a log-mel that changes faster or more slowly than speech does at the model's hop."""
     if heard.mel_change is None:
         return None
-    ratio, hop_ms = float(change(natural)) / heard.mel_change, 1000 * units.hop_length / units.sample_rate
+    ratio, hop_ms = change([natural]) / heard.mel_change, 1000 * units.hop_length / units.sample_rate
     if PACES[0] <= ratio <= PACES[1]:
         return None
     return (
@@ -153,10 +132,48 @@ def _other_pace(natural: Tensor, heard: Heard, units: Audio) -> str | None:
     )
 
 
-def _log_areas(units: Audio) -> Tensor:
-    """Log of the areas (n_mels,) in Hz that mel filters of height 1 have."""
+def _kinds(units: Audio) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
+    """Kinds of log-mel: what to do with one, and the same as natural logarithm of amplitudes.
+
+    A filter of area 1 gives the mean over its band of magnitudes or powers, divided by the Hz from bin to bin; one of
+    height 1 (torchaudio's default, on powers) gives its area times as much.
+    """
     edges = torch.from_numpy(_edges(units, units.f_max)).float()
-    return ((edges[2:] - edges[: units.n_mels]) / 2).log()
+    log_areas = ((edges[2:] - edges[: units.n_mels]) / 2).log()[:, None]
+    spacing = math.log(units.sample_rate / units.n_fft) / 2
+    decibels = MelFormat("db").natural
+    powers = f"--mel-ref-db {-spacing / NATS_A_DECIBEL:.1f}"
+    scaled = "give the filters norm='slaney', as librosa does by default"
+    magnitudes = "compute it of magnitudes (power=1) with filters of norm='slaney', and take the natural logarithm"
+    return {
+        "natural logarithms of amplitudes": ("leave out --mel-format", lambda m: m),
+        "log10 of amplitudes": ("give --mel-format log10", MelFormat("log10").natural),
+        "decibels": (f"give --mel-format db, and {powers} if they are of powers", decibels),
+        "decibels normalised to [0, 1]": ("give --mel-format unit", MelFormat("unit").natural),
+        "decibels normalised to [-4, 4]": ("give --mel-format symmetric", MelFormat("symmetric").natural),
+        "natural logarithms of powers": (
+            f"compute it of magnitudes (power=1), or halve it and take off {spacing:.2f}",
+            lambda m: m / 2 - spacing,
+        ),
+        "decibels of powers": (
+            f"give --mel-format db {powers}, or without this if they are of amplitudes",
+            lambda m: decibels(m) - spacing,
+        ),
+        "amplitudes without a logarithm": (
+            f"take its natural logarithm, with a floor of {MEL_FLOOR}",
+            lambda m: m.clamp_min(MEL_FLOOR).log(),
+        ),
+        "powers without a logarithm": (
+            f"compute it of magnitudes (power=1), and take the natural logarithm, with a floor of {MEL_FLOOR}",
+            lambda m: m.clamp_min(MEL_FLOOR**2).log() / 2 - spacing,
+        ),
+        "amplitudes of mel filters without area normalisation": (scaled, lambda m: m - log_areas),
+        "powers of mel filters without area normalisation": (magnitudes, lambda m: (m - log_areas) / 2 - spacing),
+        "decibels of mel filters without area normalisation": (
+            magnitudes,
+            lambda m: decibels(m) - log_areas / 2 - spacing,
+        ),
+    }
 
 
 def _edges(units: Audio, f_max: float, *, htk: bool = False) -> np.ndarray:
@@ -181,8 +198,10 @@ def examine_f0(audio: Tensor, settings: Audio, heard: Heard) -> str | None:
     )
 
 
-def likeness(mel: Tensor, heard: Heard) -> Likeness:
-    """How a log-mel (n_mels, F) differs from what a model heard."""
+def likeness(mel: Tensor, heard: Heard) -> Likeness | None:
+    """How a log-mel (n_mels, F) differs from what a model heard; None of too few frames."""
+    if sounding(mel).shape[1] < FEWEST_FRAMES:
+        return None
     mean, deviation, mel = torch.tensor(heard.mel_mean), torch.tensor(heard.mel_std), sounding(mel)
     difference = mel.mean(1) - mean
     spread = mel.std(1, correction=0).mean() / deviation.mean()

@@ -401,7 +401,15 @@ def test_generate_names_what_it_cannot_use(tiny_run: Path, tmp_path: Path) -> No
     fails(2, "--device meta: not supported", *good, "meta")
     np.save(tmp_path / "db.npy", np.linspace(-80, 0, 800).reshape(40, 20))
     fails(1, "is it in decibels", "generate", checkpoint, tmp_path / "db.npy", "--out", out)
-    fails(1, "File exists", "generate", checkpoint, tmp_path / "good.wav", "--out", tmp_path / "text.wav")
+    fails(
+        1,
+        "text.wav: cannot be written to: is a file",
+        "generate",
+        checkpoint,
+        tmp_path / "good.wav",
+        "--out",
+        tmp_path / "text.wav",
+    )
 
 
 def test_mistakes_end_in_one_message(tmp_path: Path) -> None:
@@ -424,9 +432,9 @@ def test_mistakes_end_in_one_message(tmp_path: Path) -> None:
 def test_help_shows_every_command_with_examples() -> None:
     result = wavedistill("--help")
     assert result.returncode == 0
-    for word in (*STAGES, "run", "new", "generate", "wavedistill run demo"):
+    for word in (*STAGES, "run", "new", "generate", "info", "wavedistill run demo"):
         assert word in result.stdout
-    for command in (*STAGES, "run", "new", "generate"):
+    for command in (*STAGES, "run", "new", "generate", "info"):
         assert wavedistill(command, "--help").returncode == 0
     assert wavedistill("--version").stdout.startswith("wavedistill ")
 

@@ -1,5 +1,6 @@
 """Waveforms from a checkpoint: which files are drawn, at which level, into what; and through a pipe."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from wavedistill.models.checkpoint import save_model
 from wavedistill.models.kinds import build
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import LogMel, comment_of, rms_db, to_pcm16
-from wavedistill.vocoder import jobs
+from wavedistill.vocoder import jobs, vocoder
+from wavedistill.vocoder.contract import contract, in_words
 from wavedistill.vocoder.vocoder import load
 
 RATE = 16000
@@ -181,23 +183,62 @@ def test_a_pipe_wants_a_model_that_draws_in_parallel(
     assert "INPUT -: is for parallel models" in " ".join(done.stderr.replace("│", "").split())
 
 
+def test_formats_are_given_on_the_command_line(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Decibels over a reference, normalised, are drawn as the natural logarithms that they stand for."""
+    mel = np.linspace(-8, -2, 480).reshape(40, 12)
+    np.save(tmp_path / "a.npy", mel)
+    np.save(tmp_path / "b.npy", (mel * 20 / np.log(10) - 20 - 3) / 2)
+    np.savez(tmp_path / "stats.npz", mean=np.full(40, 3), scale=np.full(40, 2))
+    out, stats = tmp_path / "out", ("--mel-stats", tmp_path / "stats.npz")
+    generate(capsys, student, tmp_path / "a.npy", "-o", out)
+    done = generate(capsys, student, tmp_path / "b.npy", "-o", out, "--mel-format", "db", "--mel-ref-db", "20", *stats)
+    assert done.returncode == 0, done.stderr
+    a, b = (soundfile.read(out / name, dtype="int16")[0].astype(int) for name in ("a.wav", "b.wav"))
+    assert a.any()
+    assert np.abs(a - b).max() <= 1
+
+
+def test_a_checkpoint_is_shown(
+    student: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["wavedistill", "info", str(student), *words])
+        with pytest.raises(SystemExit):
+            main()
+        said = capsys.readouterr().out
+        if words:
+            assert json.loads(said) == json.loads(json.dumps(contract(student)))
+        else:
+            assert said == in_words(contract(student)) + "\n"
+
+
+def test_a_long_input_shows_what_is_left_of_it(
+    student: Path, voice: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocoder, "PATIENCE_SECONDS", 0)
+    vocoder.load(student).of_file(voice / "a.wav")
+    assert "a.wav:   0%" in capsys.readouterr().err
+
+
 # Through a pipe.
 
 
 @pytest.mark.parametrize("block", [37, 1600, 100_000])
 def test_a_stream_is_one_pass_over_the_same_sound(student: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of any length; the end is filled up to a whole hop."""
-    vocoder = load(student)
-    for module in (vocoder.model, vocoder.consistency, vocoder._log_mel):
+    voice = load(student)
+    for module in (voice.model, voice.consistency, voice._log_mel):
         module.double()
     draw = StandardNormal.noise
     monkeypatch.setattr(StandardNormal, "noise", lambda *given: draw(*given).double())
     sound = speech_like(9_950).double()
-    mel = vocoder.log_mel(0.5 * sound)
+    mel = voice.log_mel(0.5 * sound)
     with torch.inference_mode():
-        drawn, _ = vocoder.given(mel).rsample_and_log_prob(vocoder._noise(3, 0.7)(10_000))
-        expected = 2 * vocoder.consistency(drawn, mel[None])[0]
-    found = torch.cat(list(vocoder.stream(sound.split(block), 3, 0.7, gain=0.5)))
+        drawn, _ = voice.given(mel).rsample_and_log_prob(voice._noise(3, 0.7)(10_000))
+        expected = 2 * voice.consistency(drawn, mel[None])[0]
+    found = torch.cat(list(voice.stream(sound.split(block), 3, 0.7, gain=0.5)))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -208,8 +249,8 @@ def command(student: Path, *words: str) -> list[str]:
 def test_first_samples_come_before_half_a_second_more_is_known(student: Path) -> None:
     """Than the look-ahead that is said; the rest when the input ends. All is as it would be at once."""
     sound = to_pcm16(speech_like(2 * RATE)).tobytes()
-    vocoder = load(student)
-    known = 2 * (vocoder.latency + RATE // 2)
+    voice = load(student)
+    known = 2 * (voice.latency + RATE // 2)
     assert known < len(sound)
     words = command(student, "-", "-o", "-", "--raw", "--seed", "5")
     with subprocess.Popen(
@@ -226,7 +267,7 @@ def test_first_samples_come_before_half_a_second_more_is_known(student: Path) ->
         whole = first + process.stdout.read()
         assert process.wait() == 0, process.stderr.read()
     pieces = pipes.read_raw(_Bytes(sound), RATE)
-    expected = torch.cat(list(vocoder.stream(pieces, 5)))
+    expected = torch.cat(list(voice.stream(pieces, 5)))
     assert np.abs(np.frombuffer(whole, "<i2").astype(int) - to_pcm16(expected)).max() <= 1
 
 

@@ -15,7 +15,7 @@ import soxr
 import torch
 
 from tests.conftest import HEARD, REPOSITORY, speech_like
-from wavedistill.corpus import recordings
+from wavedistill.corpus import media, recordings
 from wavedistill.corpus.recordings import flat_tops, loudness, read, speech, utterances
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.recipe import Recipe
@@ -175,6 +175,59 @@ def test_clipping_is_counted_across_blocks(tmp_path: Path, monkeypatch: pytest.M
         found = recordings._survey(tmp_path / "a.wav")
         assert found.frames == 800
         assert found.clipped == flat_tops(soundfile.read(tmp_path / "a.wav")[0][:, None], False) / 798
+
+
+def encoded(path: Path, codec: str, rate: int) -> Path:
+    """Speech as a phone, a browser or a video has it."""
+    av = pytest.importorskip("av", reason="m4a and webm are read by the package av, of the extra media")
+    with av.open(path, "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(np.stack([SPEECH, SPEECH]), format="fltp", layout="stereo")
+        frame.sample_rate = RATE
+        resampler = av.AudioResampler(format=stream.format, layout="stereo", rate=rate)
+        for piece in (*resampler.resample(frame), *resampler.resample(None)):
+            container.mux(stream.encode(piece))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "rate"),
+    [
+        ("a.m4a", "aac", 44100),
+        ("a.MP4", "aac", RATE),
+        ("a.aac", "aac", RATE),
+        ("a.webm", "libopus", 48000),
+        ("a.mka", "libopus", 48000),
+    ],
+)
+def test_what_libsndfile_does_not_read_is_read_by_av(tmp_path: Path, name: str, codec: str, rate: int) -> None:
+    """But for what the codec takes away; an encoder's silence may come first and last."""
+    path = encoded(tmp_path / name, codec, rate)
+    assert recordings.rate(path) == rate
+    found = read(path, RATE).numpy()
+    assert 0 <= len(found) - len(SPEECH) < 3000
+    if name != "a.aac":  # of which nobody knows how long it is
+        assert recordings.seconds(path) == pytest.approx(len(found) / RATE, abs=0.2)
+    late = int(np.correlate(found, SPEECH[: len(SPEECH) - 3000], "valid").argmax())
+    same = found[late : late + len(SPEECH) - 3000]
+    assert np.square(same - SPEECH[: len(same)]).mean() < 0.3 * np.square(SPEECH).mean()
+
+
+def test_what_is_wrong_with_a_file_of_av_s_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = encoded(tmp_path / "cut.webm", "libopus", 48000)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    (tmp_path / "words.m4a").write_text("words" * 100)
+    for name, message in (
+        ("cut.webm", r"is cut off: \d\.\d\d of 1\.9\d seconds are there"),
+        ("words.m4a", "not readable as audio: invalid data found when processing input; convert it"),
+        ("gone.m4a", "no such file"),
+    ):
+        with pytest.raises(AudioError, match=rf"{name}: {message}"):
+            read(tmp_path / name, RATE)
+    monkeypatch.setattr(media, "INSTALLED", False)
+    with pytest.raises(AudioError, match=r"words\.m4a: \.m4a files are read by .* pip install .wavedistill\[media\]"):
+        read(tmp_path / "words.m4a", RATE)
 
 
 @pytest.mark.parametrize("rate", [RATE, 22050])

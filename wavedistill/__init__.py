@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from wavedistill.tools.caching import cache_compiled_code
 
 if TYPE_CHECKING:
+    from wavedistill.speech.mels import mel_format
     from wavedistill.vocoder.vocoder import Vocoder, load
 
-__all__ = ["Vocoder", "__version__", "load"]
+__all__ = ["Vocoder", "__version__", "load", "mel_format"]
 
 # Read when torch is loaded, so it is said before: threads that wait by spinning come to a halt beside other work, see
 # `wavedistill.networks.threads`.
@@ -27,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from wavedistill.vocoder import vocoder
 
         return getattr(vocoder, name)
+    if name == "mel_format":
+        from wavedistill.speech.mels import mel_format
+
+        return mel_format
     raise AttributeError(f"module 'wavedistill' has no attribute {name!r}")

@@ -15,6 +15,7 @@ import soxr
 import torch
 from torch import Tensor
 
+from wavedistill.corpus import media
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.audio import PCM16_STEPS, level_gain, squares
 from wavedistill.tools.errors import AudioError
@@ -26,11 +27,12 @@ KINDS = {
     **{".au": "AU", ".snd": "AU", ".voc": "VOC", ".sph": "NIST", ".nist": "NIST"},
 }
 """What files of audio are called, and the kind that libsndfile calls them."""
-READABLE = frozenset(suffix for suffix, kind in KINDS.items() if kind in soundfile.available_formats())
-UNREADABLE = frozenset(KINDS) - READABLE | frozenset(
+MEDIA = frozenset(suffix for suffix, kind in KINDS.items() if kind not in soundfile.available_formats()) | frozenset(
     [".3gp", ".aac", ".ac3", ".amr", ".ape", ".m4a", ".m4b", ".mka", ".mp2", ".mp4", ".mpc", ".webm", ".wma", ".wv"]
 )
 """Plainly audio, which libsndfile cannot read."""
+READABLE = (frozenset(KINDS) - MEDIA) | (MEDIA if media.INSTALLED else frozenset())
+UNREADABLE = MEDIA - READABLE
 BLOCK_VALUES = 2**12
 """Of all channels, that are read at a time; a block in which a decoder fails is lost."""
 FULL_SCALE = (PCM16_STEPS - 1) / PCM16_STEPS
@@ -111,7 +113,7 @@ def seconds(path: Path) -> float:
     try:
         with _opened(path) as file:
             return float(file.frames / file.samplerate) if file.frames < STREAMED else 0.0
-    except soundfile.SoundFileError:
+    except (soundfile.SoundFileError, AudioError, OSError, ValueError):
         return 0.0
 
 
@@ -198,14 +200,16 @@ def flat_tops(samples: np.ndarray, floating: bool) -> int:
     return int(flat.sum())
 
 
-def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+def _blocks(file: soundfile.SoundFile | media.Media) -> Iterator[np.ndarray]:
     """Samples (n, channels) of a file, until there are none."""
     count = max(1, BLOCK_VALUES // file.channels)
     while len(block := file.read(count, dtype="float32", always_2d=True)):
         yield block
 
 
-def _opened(path: Path) -> soundfile.SoundFile:
+def _opened(path: Path) -> soundfile.SoundFile | media.Media:
+    if path.suffix.lower() in MEDIA:
+        return media.Media(path)
     return Forward(os.fsencode(path))  # soundfile cannot encode every name that a file may have
 
 

@@ -278,7 +278,7 @@ def below(root: Path, kinds: frozenset[str]) -> Found:
     for suffix, count in sorted(Counter(path.suffix.lower() for path in others).items()):
         first = min(path for path in others if path.suffix.lower() == suffix)
         unused.append(
-            f"{count} {suffix} file{'s' * (count > 1)}, of a kind that cannot be read, such as "
-            f"{shown(first.relative_to(root))}: convert to wav or flac"
+            f"{count} {suffix} file{'s' * (count > 1)}, such as {shown(first.relative_to(root))}: need the package av: "
+            "pip install 'wavedistill[media]', or convert to wav or flac"
         )
     return Found(sorted(files), unused)

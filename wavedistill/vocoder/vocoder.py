@@ -102,10 +102,11 @@ class Vocoder:
             source: the log-mel, or the file.
             seed: of the noise.
             temperature: scale of the noise.
-            format: what a log-mel's numbers mean, "log10" for instance; natural logarithm of amplitudes by default.
+            format: what a log-mel's numbers mean, "log10" for instance, or what `wavedistill.mel_format` gives; natural
+                logarithms of amplitudes by default, and then what looks like another format is refused.
 
         Raises:
-            AudioError: if a file holds nothing to synthesise, or a log-mel looks like another format than is given.
+            AudioError: if a file holds nothing to synthesise, or a log-mel is none or looks like another format.
         """
         form = mel_format(format) if isinstance(format, str) else format
         if not isinstance(source, Tensor):

@@ -124,7 +124,7 @@ TABLE = [
     ("F1 as recall", "evaluation/metrics.py", "total = int(voiced.sum() + claimed.sum())", "total = 2 * int(voiced.sum())", "test_metrics.py"),
     ("F0 by all bins", "speech/pitch.py", "near = bins.masked_fill((number - peak).abs() > 2, -math.inf).softmax(1)", "near = bins.softmax(1)", "test_pitch.py"),
     ("no lag window", "speech/linear_prediction.py", "[..., : self.order + 1] * self.lag_window", "[..., : self.order + 1]", "test_linear_prediction.py"),
-    ("gain left on", "vocoder/vocoder.py", "block = block[0].cpu() / gain", "block = block[0].cpu()", "test_generate.py"),
+    ("gain left on", "vocoder/vocoder.py", "wave = block[0].cpu() / gain", "wave = block[0].cpu()", "test_generate.py"),
     ("likelihood without dequantisation", "training/likelihood.py", "model.analyse(dequantise(batch.with_margins, streams), told)", "model.analyse(batch.with_margins, told)", "test_training.py"),
     ("likelihood of the test split without dequantisation", "evaluation/densities.py", "noisy = dequantise(clip[None].to(device), [random_stream(recipe.seed, DEQUANTISE, i)])", "noisy = clip[None].to(device)", "test_evaluate.py"),
     ("unweighted mean over clips", "evaluation/densities.py", "(torch.tensor(each, dtype=torch.float64) * lengths).sum() / lengths.sum()", "torch.tensor(each, dtype=torch.float64).mean()", "test_evaluate.py"),
@@ -205,7 +205,7 @@ TABLE = [
     ("a failed check goes unsaid", "reporting/words.py", 'failed = sum(not gate["passed"]', 'failed = sum(gate is None', "test_report.py"),
     # Written after the tests, to see what else they do not see.
     ("contrast with the same place", "speech/conditioning.py", "away = self.mel.shape[-1] // 2", "away = 0", "test_losses.py"),
-    ("temperature forgotten", "vocoder/vocoder.py", ".to(self.device).mul_(temperature)", ".to(self.device)", "test_recordings.py::test_a_recording_is_synthesised_at_the_level_that_it_would_be_trained_at"),
+    ("temperature forgotten", "vocoder/vocoder.py", ".to(self.device) * temperature", ".to(self.device)", "test_recordings.py::test_a_recording_is_synthesised_at_the_level_that_it_would_be_trained_at"),
     ("streams that trailing zeros do not tell apart", "tools/random.py", "SeedSequence([len(entropy), *entropy])", "SeedSequence([*entropy])", "test_audio.py test_training.py"),
     ("F0 beyond the file", "corpus/segments.py", "[frames.clamp(0, utterance.frames - 1)] * inside[-1]", "[frames.clamp(0, utterance.frames - 1)]", "test_audio.py test_flows.py"),
     ("every utterance as likely", "corpus/segments.py", "np.cumsum([u.frames - frames + 1 for u in self.utterances])", "np.cumsum([1 for u in self.utterances])", "test_audio.py test_training.py"),
@@ -214,6 +214,21 @@ TABLE = [
     ("another clip's linear prediction", "evaluation/densities.py", "model.synthesised(model.residual(other), here)", "model(other)", "test_evaluate.py"),
     ("trained where untrained is said", "evaluation/densities.py", '("kl_before_training", untrained[name], 1)', '("kl_before_training", model, 1)', "test_evaluate.py"),
     ("a young average as slow as an old one", "training/learner.py", "decay = min(decay, step / (step + 10))", "pass", "test_training.py"),
+    # What people touch.
+    ("mel: noise a block at a time", "vocoder/vocoder.py", "drawn = [self.model.base.noise((1, hop), random) for _ in range(count // hop)]", "drawn = [self.model.base.noise((1, count), random)]", "test_generate.py::test_a_stream_is_one_pass_over_the_same_sound"),
+    ("mel: a pipe's gain left on", "vocoder/vocoder.py", "pieces = (piece[None] * gain for piece in sound)", "pieces = (piece[None] for piece in sound)", "test_generate.py::test_a_stream_is_one_pass_over_the_same_sound"),
+    ("mel: last frames of a stream lost", "speech/audio.py", "if frames := -(-(known.shape[1] - overlap) // hop):", "if frames := (known.shape[1] - overlap) // hop:", "test_recordings.py::test_a_log_mel_in_blocks_is_that_of_the_whole"),
+    ("mel: log-mels under autocast", "speech/audio.py", "with torch.autocast(audio.device.type, enabled=False):", "with torch.autocast(audio.device.type, torch.bfloat16):", "test_recordings.py::test_a_log_mel_in_blocks_is_that_of_the_whole"),
+    ("mel: a pipe read whole", "corpus/pipes.py", "while data := file.read(2 * _count(sample_rate)):", "while data := file.read(2**24):", "test_generate.py::test_first_samples_come_before_half_a_second_more_is_known"),
+    ("mel: an input's change unseen", "cli/generate.py", "comment = jobs.OURS + fingerprint(settings, [source])", "comment = jobs.OURS + fingerprint(settings, [])", "test_generate.py::test_what_was_made_of_the_same_is_not_made_again"),
+    ("mel: a checkpoint's change unseen", "cli/generate.py", "files = [checkpoint, *([mel_stats]", "files = [*([mel_stats]", "test_generate.py::test_what_was_made_of_the_same_is_not_made_again"),
+    ("mel: others' files replaced", "vocoder/jobs.py", "if os.path.lexists(target) and not (", "if False and not (", "test_generate.py::test_what_was_made_of_the_same_is_not_made_again"),
+    ("mel: the output is an input", "vocoder/jobs.py", "if not path.resolve().is_relative_to(folder.resolve())]", "]", "test_generate.py::test_folders_patterns_and_lists_stand_for_the_files_in_them"),
+    ("mel: faults found one by one", "vocoder/jobs.py", "        except AudioError as error:\n            said.append(str(error))", "        except AudioError as error:\n            raise error", "test_bad_input.py::test_of_many_inputs_all_faults_that_show_are_named_before_anything_is_drawn"),
+    ("mel: 10 log10", "speech/mels.py", "NATS_A_DECIBEL = math.log(10) / 20", "NATS_A_DECIBEL = math.log(10) / 10", "test_mels.py"),
+    ("mel: reference taken off", "speech/mels.py", "(-MIN_LEVEL_DB * (m - 1) + ref)", "(-MIN_LEVEL_DB * (m - 1) - ref)", "test_mels.py"),
+    ("mel: scale and mean swapped", "speech/mels.py", "return mel * self.scale[:, None] + self.mean[:, None]", "return (mel + self.mean[:, None]) * self.scale[:, None]", "test_mels.py test_generate.py"),
+    ("mel: a decoder's last block lost", "corpus/media.py", "while len(self._known) < count and", "while len(self._known) < count // 2 and", "test_recordings.py::test_what_libsndfile_does_not_read_is_read_by_av"),
 ]  # fmt: skip
 
 if __name__ == "__main__":

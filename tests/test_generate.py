@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import subprocess
 import sys
 from contextlib import redirect_stderr
@@ -27,6 +28,7 @@ from wavedistill.vocoder.contract import contract, in_words
 from wavedistill.vocoder.vocoder import load
 
 RATE = 16000
+HANGS_SECONDS = 100
 Run = subprocess.CompletedProcess[str]
 
 
@@ -261,7 +263,10 @@ def test_first_samples_come_before_half_a_second_more_is_known(student: Path) ->
         assert process.stderr
         process.stdin.write(sound[:known])
         process.stdin.flush()
-        first = process.stdout.read(2)  # waits for ever if nothing comes
+        if not select.select([process.stdout], [], [], HANGS_SECONDS)[0]:
+            process.kill()
+        first = process.stdout.read(2)
+        assert first, "nothing comes before the input ends"
         process.stdin.write(sound[known:])
         process.stdin.close()
         whole = first + process.stdout.read()

@@ -78,7 +78,7 @@ class DebianCorpus(Section):
 
 
 class FolderCorpus(Section):
-    """Every recording below a folder, of any kind that libsndfile reads."""
+    """Every recording below a folder, of any kind that libsndfile reads, or ffmpeg by way of the extra `media`."""
 
     kind: Literal["folder"]
     licence: Licence = None

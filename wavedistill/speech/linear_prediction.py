@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
 
 from wavedistill.flows.transforms import Context, Transform
 from wavedistill.recipe.sections import Audio
@@ -52,7 +53,8 @@ class LinearPrediction(Transform):
             raise ValueError(f"{coefficients.shape[1]} frames of {self.hop_length} samples do not cover {z.shape[1]}")
         excitation = z.double() * self._per_sample(log_gain, z.shape[1]).double().exp()
         past = F.pad(past, (order, 0))[:, past.shape[1] :].double()
-        filtered = _Synthesis.apply if z.device.type == "cpu" else synthesise_by_frames
+        by_frames = z.device.type != "cpu" or torch.compiler.is_compiling()
+        filtered = synthesise_by_frames if by_frames else _Synthesis.apply
         return filtered(excitation, coefficients.expand(len(z), -1, -1).double(), self.hop_length, past)
 
     def inverse(self, x: Tensor, context: Context = ()) -> tuple[Tensor, Tensor]:
@@ -166,11 +168,12 @@ def levinson_durbin(autocorrelation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: int, past: Tensor) -> Tensor:
-    """The all-pole filter of `_Synthesis` in parallel over the samples of a frame, for devices that like that better.
+    """The all-pole filter of `_Synthesis` in parallel over frames, then over the samples of a frame.
 
-    Within a frame the filter is constant: its output is the excitation convolved with the impulse response, plus what
-    rings on of the K samples before it. Only those K are handed from frame to frame. For float64, because responses to
-    single samples of the past are far larger than their sum.
+    For devices that like that better, and for programs that are exported. Within a frame the filter is constant: its
+    output is what the excitation drives it to from silence, plus what rings on of the K samples before it. Those are
+    an excitation of its first K samples, which the impulse response answers to; only they are handed from frame to
+    frame. For float64, because responses to single samples of the past are far larger than their sum.
 
     Args:
         excitation: (B, T).
@@ -179,25 +182,38 @@ def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: i
         past: (B, K) the output before.
     """
     length, order = excitation.shape[1], coefficients.shape[-1]
-    frames = math.ceil(length / hop_length)
+    frames = -(-length // hop_length)
     blocks = F.pad(excitation, (0, frames * hop_length - length)).unflatten(1, (frames, hop_length))
-    a = coefficients[:, :frames].flip(-1)
-    # Column k < K answers to a one in x_{k-K} and no excitation, column K to an impulse and no past.
-    responses = list(torch.eye(order, order + 1, dtype=a.dtype, device=a.device).expand(*a.shape[:2], -1, -1).unbind(2))
-    impulse = torch.eye(order + 1, dtype=a.dtype, device=a.device)[order]
-    for n in range(hop_length):
-        following = torch.einsum("bfk,bfkc->bfc", a, torch.stack(responses[n : n + order], 2))
-        responses.append(following + impulse if n == 0 else following)
-    response = torch.stack(responses[order:], 2)  # (B, F, hop, K + 1)
-    size = 2 * hop_length
-    spectrum = torch.fft.rfft(blocks, size) * torch.fft.rfft(response[..., order], size)
-    forced, ringing = torch.fft.irfft(spectrum, size)[..., :hop_length], response[..., :order]
+    a = coefficients[:, :frames].flip(-1)  # (B, F, K)
+
+    def sample(before: Tensor, driving: Tensor) -> tuple[Tensor, Tensor]:
+        x = driving + (a * before).sum(-1)
+        return torch.cat([before[..., 1:], x.unsqueeze(-1)], -1), x
+
+    def frame(before: Tensor, alone: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        driven, ringing = alone
+        x = driven + (ringing @ before.unsqueeze(-1)).squeeze(-1)
+        return x[:, hop_length - order :].clone(memory_format=torch.contiguous_format), x
+
+    def shifted(signal: Tensor) -> Tensor:
+        return F.pad(signal, (order - 1, 0)).unfold(-1, order, 1)
+
+    impulse = F.pad(torch.ones_like(blocks[..., :1]), (0, hop_length - 1))
+    both = torch.stack([blocks, impulse]).movedim(-1, 0)  # (hop, 2, B, F)
+    driven, response = _one_by_one(sample, a.new_zeros(2, *a.shape), both).movedim(0, -1)  # (B, F, hop) each
+    ringing = shifted(response) @ shifted(a)  # (B, F, hop, K)
+    return _one_by_one(frame, past, (driven.transpose(0, 1), ringing.transpose(0, 1))).transpose(0, 1).flatten(1)[:, :length]
+
+
+def _one_by_one(step: Callable[[Tensor, Any], tuple[Tensor, Tensor]], state: Tensor, given: Any) -> Tensor:
+    """What a step gives for each of what is given, stacked along the first axis of either, while it hands on a state."""
+    if torch.compiler.is_compiling():  # an exported program does not know yet how many there are
+        return scan(step, state, given)[1]
     out = []
-    for f in range(frames):
-        x = forced[:, f] + (ringing[:, f] @ past.unsqueeze(-1)).squeeze(-1)
-        past = x[:, hop_length - order :]
-        out.append(x)
-    return torch.cat(out, 1)[:, :length]
+    for each in zip(*given, strict=True) if isinstance(given, tuple) else given:
+        state, found = step(state, each)
+        out.append(found)
+    return torch.stack(out)
 
 
 class _Synthesis(torch.autograd.Function):

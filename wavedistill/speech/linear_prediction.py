@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._higher_order_ops.scan import scan
 
 from wavedistill.flows.transforms import Context, Transform
 from wavedistill.recipe.sections import Audio
@@ -104,12 +103,13 @@ class LinearPredictionFromMel(nn.Module):
         lag = 2 * np.pi * LAG_WINDOW_HZ / settings.sample_rate * np.arange(order + 1)
         # The mean magnitude of noise is sqrt(pi) / 2 of its RMS, and the analysis window scales its power.
         window_power = torch.hann_window(settings.n_fft).double().square().sum()
+        lag_window = 4 / torch.pi / window_power * torch.exp(-0.5 * torch.from_numpy(lag).square())
+        lag_window[0] *= 1 + WHITE_NOISE
         self.register_buffer("lower", torch.from_numpy(used[lower]), persistent=False)
         self.register_buffer("upper", torch.from_numpy(used[np.minimum(lower + 1, len(used) - 1)]), persistent=False)
         self.register_buffer("share", torch.from_numpy(place - lower), persistent=False)
         self.register_buffer("band_gain", gain.clamp_min(1e-30).log(), persistent=False)
-        self.register_buffer("lag_window", torch.from_numpy(np.exp(-0.5 * lag**2)), persistent=False)
-        self.power_scale = float(4 / torch.pi / window_power)
+        self.register_buffer("lag_window", lag_window, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Go where the model goes, but keep constants in float64, whatever its networks are cast to."""
@@ -125,9 +125,8 @@ class LinearPredictionFromMel(nn.Module):
             bands = log_mel.transpose(1, 2).double() - self.band_gain
             # Not a matrix product, whose rounding would differ with the number of frames, and grow in what follows.
             bins = torch.lerp(bands[..., self.lower], bands[..., self.upper], self.share)
-            power = (2 * bins).exp() * self.power_scale  # (B, F, bins)
+            power = (2 * bins).exp()  # (B, F, bins)
             autocorrelation = torch.fft.irfft(power)[..., : self.order + 1] * self.lag_window
-            autocorrelation[..., 0] *= 1 + WHITE_NOISE
             autocorrelation[..., 0] += 1 / (12 * PCM16_STEPS**2)
             coefficients, error = levinson_durbin(autocorrelation)
         return coefficients.to(log_mel.dtype), 0.5 * error.log().to(log_mel.dtype)
@@ -183,8 +182,8 @@ def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: i
     """
     length, order = excitation.shape[1], coefficients.shape[-1]
     frames = -(-length // hop_length)
-    blocks = F.pad(excitation, (0, frames * hop_length - length)).unflatten(1, (frames, hop_length))
-    a = coefficients[:, :frames].flip(-1)  # (B, F, K)
+    blocks = F.pad(excitation, (0, frames * hop_length - length)).unflatten(1, (frames, hop_length)).transpose(0, 1)
+    a = coefficients[:, :frames].flip(-1).transpose(0, 1)  # (F, B, K)
 
     def sample(before: Tensor, driving: Tensor) -> tuple[Tensor, Tensor]:
         x = driving + (a * before).sum(-1)
@@ -199,15 +198,17 @@ def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: i
         return F.pad(signal, (order - 1, 0)).unfold(-1, order, 1)
 
     impulse = F.pad(torch.ones_like(blocks[..., :1]), (0, hop_length - 1))
-    both = torch.stack([blocks, impulse]).movedim(-1, 0)  # (hop, 2, B, F)
-    driven, response = _one_by_one(sample, a.new_zeros(2, *a.shape), both).movedim(0, -1)  # (B, F, hop) each
-    ringing = shifted(response) @ shifted(a)  # (B, F, hop, K)
-    return _one_by_one(frame, past, (driven.transpose(0, 1), ringing.transpose(0, 1))).transpose(0, 1).flatten(1)[:, :length]
+    both = torch.stack([blocks, impulse]).movedim(-1, 0)  # (hop, 2, F, B)
+    driven, response = _one_by_one(sample, a.new_zeros(2, *a.shape), both).movedim(0, -1)  # (F, B, hop) each
+    ringing = shifted(response) @ shifted(a)  # (F, B, hop, K)
+    return _one_by_one(frame, past, (driven, ringing)).transpose(0, 1).flatten(1)[:, :length]
 
 
 def _one_by_one(step: Callable[[Tensor, Any], tuple[Tensor, Tensor]], state: Tensor, given: Any) -> Tensor:
     """What a step gives for each of what is given, stacked along the first axis of either, while it hands on a state."""
     if torch.compiler.is_compiling():  # an exported program does not know yet how many there are
+        from torch._higher_order_ops.scan import scan  # a prototype of torch's
+
         return scan(step, state, given)[1]
     out = []
     for each in zip(*given, strict=True) if isinstance(given, tuple) else given:

@@ -41,11 +41,14 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
 
 
 def unfold(x: Tensor, dimension: int, size: int, step: int) -> Tensor:
-    """Stretches (..., count, size) of the last dimension of x."""
+    """Stretches (..., count, size) of the last dimension of x, in as few copies as it takes."""
     assert dimension in (-1, x.ndim - 1)
     count = (x.shape[-1] - size) // step + 1
-    places = torch.arange(count)[:, None] * step + torch.arange(size)
-    return x.index_select(-1, places.flatten()).unflatten(-1, (count, size))
+    if step == 1:
+        return torch.stack([x[..., k : k + count] for k in range(size)], -2).transpose(-1, -2)
+    pieces = -(-size // step)
+    rows = F.pad(x[..., : (count - 1) * step + size], (0, pieces * step - size)).unflatten(-1, (count + pieces - 1, step))
+    return torch.cat([rows[..., k : k + count, :] for k in range(pieces)], -1)[..., :size]
 
 
 def rfft(x: Tensor) -> Tensor:
@@ -55,15 +58,15 @@ def rfft(x: Tensor) -> Tensor:
 
     .. math:: X_{r + P s} = \sum_q e^{-2 \pi i q s / Q} e^{-2 \pi i q r / N} \sum_p e^{-2 \pi i p r / P} x_{Q p + q}
 
-    for r up to P / 2: the other bins are conjugates of these.
+    for s up to Q / 2: the other bins are conjugates of these.
     """
-    stages = _Stages(x.shape[-1], x.dtype)
-    rows = x.unflatten(-1, (stages.p, stages.q))
-    real, imag = stages.outer_real @ rows, -stages.outer_imag @ rows  # (..., R, Q)
-    turned = stages.turned(real, imag, back=True)
-    real, imag = (torch.cat(turned, -1) @ stages.inner.T).chunk(2, -1)  # (..., R, S)
-    real, imag = (part.flatten(-2).index_select(-1, stages.place) for part in (real, imag))
-    return torch.complex(real, imag * stages.sign)
+    size = x.shape[-1]
+    stages = _Stages(size, x.dtype)
+    real, imag = (torch.cat(stages.outer) @ x.unflatten(-1, (stages.p, stages.q))).chunk(2, -2)  # (..., P, Q)
+    inner = stages.both(*stages.inner)  # (2 S, 2 Q)
+    real, imag = (torch.cat(stages.turned(real, imag), -1) @ inner.T).chunk(2, -1)  # (..., P, S)
+    real, imag = (part.transpose(-1, -2).flatten(-2)[..., : size // 2 + 1] for part in (real, imag))
+    return torch.complex(real, -imag)
 
 
 def irfft(spectrum: Tensor, n: int | None = None) -> Tensor:
@@ -72,56 +75,49 @@ def irfft(spectrum: Tensor, n: int | None = None) -> Tensor:
     assert n in (None, size)
     real, imag = (spectrum.real, spectrum.imag) if spectrum.is_complex() else (spectrum, torch.zeros_like(spectrum))
     stages = _Stages(size, real.dtype)
-    place, sign = stages.back
-    real, imag = (part.index_select(-1, place).unflatten(-1, sign.shape) for part in (real, imag))
-    both = torch.cat([real, imag * sign], -1)  # (..., R, 2 S)
-    real, imag = (both @ stages.inner).chunk(2, -1)  # (..., R, Q)
-    turned = stages.turned(real, imag)
-    outer = torch.cat([stages.outer_real, -stages.outer_imag]).T * stages.share  # (P, 2 R)
-    return (outer @ torch.cat(turned, -2)).flatten(-2)
+    inner, outer = stages.inner, stages.outer
+    missing = len(inner[0]) * stages.p - (size // 2 + 1)
+    rows = [F.pad(part * stages.share, (0, missing)).unflatten(-1, (-1, stages.p)) for part in (real, imag)]
+    real, imag = (stages.both(inner[0].T, inner[1].T) @ torch.cat(rows, -2)).chunk(2, -2)  # (..., Q, P)
+    real, imag = stages.turned(real.transpose(-1, -2), imag.transpose(-1, -2))
+    return (torch.cat([outer[0].T, -outer[1].T], 1) @ torch.cat([real, imag], -2)).flatten(-2)  # (..., P, Q)
 
 
 class _Stages:
-    """The constants of a Fourier transform in two stages, as tensors; R = P // 2 + 1.
+    """The constants of a Fourier transform of a real signal in two stages, each a cosine and a sine; S = Q // 2 + 1.
+
+    The transform is computed as the conjugate of what it is, that of positive angles, which suits its inverse too.
 
     Attributes:
         p, q: factors of the size, near each other.
-        known: R.
-        outer_real, outer_imag: cosine and sine of r p / P (R, P).
-        twiddle_real, twiddle_imag: cosine and sine of r q / N (R, Q).
-        inner: multiplies rows of real and imaginary parts, over s, by e^{2 pi i q s / Q} (2 S, 2 Q), S = Q.
-        place, sign: where the bins (N / 2 + 1) are among (R * S) that are computed, and the sign of their imaginary part.
-        share: of each of twice R rows in the signal: a bin and its conjugate are two.
-        back: where those (R * S) are among the bins, and the sign (R, S) of their imaginary part.
+        outer: of 2 pi r p / P (P, P).
+        twiddle: of 2 pi r q / N (P, Q).
+        inner: of 2 pi s q / Q (S, Q).
+        share: of each bin (N / 2 + 1) in the signal: most stand for their conjugates too.
     """
 
     def __init__(self, size: int, dtype: torch.dtype) -> None:
         self.p = max(p for p in range(1, math.isqrt(size) + 1) if size % p == 0)
         self.q = size // self.p
-        self.known = self.p // 2 + 1
-        r, s, bins = np.arange(self.known), np.arange(self.q), np.arange(size // 2 + 1)
 
-        def waves(products: np.ndarray, period: int) -> tuple[Tensor, Tensor]:
-            angle = 2 * np.pi * (products % period) / period
+        def waves(rows: int, columns: int, period: int) -> tuple[Tensor, Tensor]:
+            angle = 2 * np.pi / period * (np.outer(np.arange(rows), np.arange(columns)) % period)
             return torch.from_numpy(np.cos(angle)).to(dtype), torch.from_numpy(np.sin(angle)).to(dtype)
 
-        self.outer_real, self.outer_imag = waves(np.outer(r, np.arange(self.p)), self.p)
-        self.twiddle_real, self.twiddle_imag = waves(np.outer(r, s), size)
-        real, imag = waves(np.outer(s, s), self.q)
-        self.inner = torch.cat([torch.cat([real, imag], 1), torch.cat([-imag, real], 1)])
-        mirrored = bins % self.p >= self.known
-        here = np.where(mirrored, size - bins, bins)
-        self.place = torch.from_numpy(here % self.p * self.q + here // self.p)
-        self.sign = torch.from_numpy(np.where(mirrored, -1.0, 1.0)).to(dtype)
-        self.share = torch.from_numpy(np.tile(np.where(2 * r % self.p == 0, 1.0, 2.0) / size, 2)).to(dtype)
-        every = r[:, None] + self.p * s
-        half = np.where(every > size // 2, size - every, every)
-        self.back = torch.from_numpy(half.flatten()), torch.from_numpy(np.where(half == every, 1.0, -1.0)).to(dtype)
+        self.outer, self.twiddle = waves(self.p, self.p, self.p), waves(self.p, self.q, size)
+        self.inner = waves(self.q // 2 + 1, self.q, self.q)
+        share = np.full(size // 2 + 1, 2 / size)
+        share[[0, -1]] = 1 / size
+        self.share = torch.from_numpy(share).to(dtype)
 
-    def turned(self, real: Tensor, imag: Tensor, *, back: bool = False) -> tuple[Tensor, Tensor]:
-        """Real and imaginary parts (..., R, Q) times e^{2 pi i r q / N}, or its conjugate."""
-        cos, sin = self.twiddle_real, -self.twiddle_imag if back else self.twiddle_imag
+    def turned(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
+        """Real and imaginary parts (..., P, Q), times the twiddles."""
+        cos, sin = self.twiddle
         return real * cos - imag * sin, real * sin + imag * cos
+
+    def both(self, cos: Tensor, sin: Tensor) -> Tensor:
+        """What multiplies columns of real, then imaginary parts by waves (M, N): (2 M, 2 N)."""
+        return torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
 
 
 REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -30,7 +30,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install -e ".[demo,dev]"
+	$(BIN)/pip install -e ".[demo,dev,onnx]"
 	touch $@ $(VENV)/.demo
 
 $(BIN)/python:

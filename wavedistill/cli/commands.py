@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from wavedistill import __version__
 from wavedistill.cli import arguments as given
+from wavedistill.cli import delivery
 from wavedistill.tools.errors import AudioError, RecipeError, UserError
 
 
@@ -273,6 +274,10 @@ def release(
     from wavedistill.vocoder.release import release as release_voice
 
     typer.echo(release_voice(checkpoint, out, speakers))
+
+
+app.command()(delivery.export)
+app.command()(delivery.doctor)
 
 
 def _run(

@@ -47,7 +47,9 @@ def unfold(x: Tensor, dimension: int, size: int, step: int) -> Tensor:
     if step == 1:
         return torch.stack([x[..., k : k + count] for k in range(size)], -2).transpose(-1, -2)
     pieces = -(-size // step)
-    rows = F.pad(x[..., : (count - 1) * step + size], (0, pieces * step - size)).unflatten(-1, (count + pieces - 1, step))
+    rows = F.pad(x[..., : (count - 1) * step + size], (0, pieces * step - size)).unflatten(
+        -1, (count + pieces - 1, step)
+    )
     return torch.cat([rows[..., k : k + count, :] for k in range(pieces)], -1)[..., :size]
 
 

@@ -1,10 +1,11 @@
-"""A student as one program, from log-mel and noise to a waveform: for ONNX runtimes, or for torch without this package."""
+"""A student as one program, from log-mel and noise to a waveform: for ONNX runtimes, or for torch alone."""
 
 import io
 import json
 import logging
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -58,8 +59,8 @@ def export(voice: Vocoder, path: Path) -> None:
     `waveform` (1, F * hop_length); its F0, its linear prediction and its passes of mel consistency are inside.
 
     Raises:
-        ExportError: if the model draws sample by sample, or the path says another kind of program.
-        ImportError: if the packages for ONNX are missing.
+        ExportError: if the model draws sample by sample, the path says another kind of program, or the packages for
+            ONNX are missing.
     """
     if not voice.model.draws_in_parallel:
         raise ExportError(
@@ -92,12 +93,14 @@ def described(voice: Vocoder) -> dict[str, str]:
 
 
 def _onnx(voice: Vocoder) -> bytes:
-    import onnxscript  # noqa: F401 (torch's exporter asks for it later, in many words)
-
+    if missing := [name for name in ("onnx", "onnxscript") if find_spec(name) is None]:
+        raise ExportError(
+            f"ONNX needs {' and '.join(missing)}, which this installation lacks: install wavedistill[onnx]"
+        )
     logging.getLogger("torch.onnx._internal.exporter._registration").addFilter(_is_about_us)
     with InProducts():
         program = _traced(voice)
-    made = torch.onnx.export(program, opset_version=OPSET, optimize=False, verbose=False)
+    made = torch.onnx.export(program, opset_version=OPSET, optimize=False, verbose=False, output_names=["waveform"])
     assert made is not None
     made.model.metadata_props.update(described(voice))
     return made.model_proto.SerializeToString()

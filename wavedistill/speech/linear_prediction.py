@@ -205,7 +205,7 @@ def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: i
 
 
 def _one_by_one(step: Callable[[Tensor, Any], tuple[Tensor, Tensor]], state: Tensor, given: Any) -> Tensor:
-    """What a step gives for each of what is given, stacked along the first axis of either, while it hands on a state."""
+    """What a step gives for each row of what is given, stacked in rows, while it hands on a state."""
     if torch.compiler.is_compiling():  # an exported program does not know yet how many there are
         from torch._higher_order_ops.scan import scan  # a prototype of torch's
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-endurance test-mutations check clean
+.PHONY: demo test test-fast test-endurance test-mutations test-container check clean
 
 demo: $(VENV)/.demo  ## the whole pipeline on speech made on the spot; ends with exp/demo/report.html
 	$(BIN)/wavedistill run demo
@@ -19,6 +19,9 @@ test-endurance: $(VENV)/.dev  ## a training that is killed a hundred times; minu
 
 test-mutations: $(VENV)/.dev  ## breaks the program in some ninety ways, and asks whether a test notices; minutes
 	$(BIN)/python -m tests.mutations
+
+test-container: $(VENV)/.dev  ## the Dockerfile's lines without a container engine, as root; minutes
+	$(BIN)/python -m tests.container
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast test-endurance test-mutations check docs clean
+.PHONY: demo test test-fast test-endurance test-mutations test-container check docs clean
 
 demo: $(VENV)/.demo  ## the whole pipeline on speech made on the spot; ends with exp/demo/report.html
 	$(BIN)/wavedistill run demo
@@ -23,6 +23,9 @@ test-mutations: $(VENV)/.dev  ## breaks the program in some ninety ways, and ask
 docs: $(VENV)/.dev  ## the documents as a site: open docs/_build/html/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going -d docs/_build/cache docs docs/_build/html
 
+test-container: $(VENV)/.dev  ## the Dockerfile's lines without a container engine, as root; minutes
+	$(BIN)/python -m tests.container
+
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -33,7 +36,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install -e ".[demo,dev,docs]"
+	$(BIN)/pip install -e ".[demo,dev,docs,onnx]"
 	touch $@ $(VENV)/.demo
 
 $(BIN)/python:

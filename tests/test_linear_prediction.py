@@ -201,7 +201,9 @@ def test_the_autocorrelation_is_windowed_and_whitened_before_a_filter_is_fitted(
     windowed, bare, silent = given
     lags = torch.arange(25, dtype=torch.float64)
     gaussian = torch.exp(-0.5 * (2 * math.pi * 40 * lags / tiny.audio.sample_rate) ** 2)
-    torch.testing.assert_close(windowed[..., 1:] / bare[..., 1:], gaussian[1:].expand_as(bare[..., 1:]))
+    # The analysis window's power is 3/8 of its length, and the mean magnitude of noise sqrt(pi) / 2 of its RMS.
+    scaled = 4 / math.pi / (3 / 8 * tiny.audio.n_fft) * gaussian
+    torch.testing.assert_close(windowed[..., 1:] / bare[..., 1:], scaled[1:].expand_as(bare[..., 1:]))
     torch.testing.assert_close(silent[..., 0], torch.full_like(silent[..., 0], 1 / (12 * 32768**2)))
     assert not silent[..., 1:].any()
 

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from wavedistill import __version__
 from wavedistill.cli import arguments as given
+from wavedistill.cli import delivery
 from wavedistill.cli.generate import generate
 from wavedistill.tools.errors import RecipeError, UserError
 
@@ -213,6 +214,10 @@ def info(
 
     figures = contract(checkpoint)
     typer.echo(json.dumps(figures, indent=1) if as_json else in_words(figures))
+
+
+app.command()(delivery.export)
+app.command()(delivery.doctor)
 
 
 def _run(

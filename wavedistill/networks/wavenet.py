@@ -4,7 +4,6 @@ The causal shift lives here and nowhere else. Inside, activations are time-major
 contiguous slice for every batch size, and a dilated convolution is one matrix product a tap, of slices.
 """
 
-import math
 from typing import cast
 
 import torch
@@ -137,17 +136,18 @@ class WaveNet(nn.Module):
                 block but the last has a multiple of `repeat` steps. None for a whole sequence.
         """
         batch_size, length = x.shape
-        covered = math.ceil(length / self.repeat) * self.repeat
+        covered = -(-length // self.repeat) * self.repeat
         here = slice(self.border, self.border + covered)
         padded, repeat = covered // self.squeeze, self.repeat // self.squeeze
         before = x.new_zeros(batch_size, self.squeeze) if state is None else state.previous
         known = torch.cat([before, x], 1)
         # The causal shift: position t holds x_{t-1}, and in a group the group before.
         shifted = F.pad(known, (0, covered - length))[:, here]
-        inputs = shifted.t().unflatten(0, (padded, -1)).transpose(1, 2)  # (T / squeeze, B, squeeze)
+        inputs = shifted.t().unflatten(0, (padded, self.squeeze)).transpose(1, 2)  # (T / squeeze, B, squeeze)
         if source is not None:
             beside = F.pad(source, (0, 0, 0, max(0, here.stop - source.shape[1])))[:, here]
-            inputs = torch.cat([inputs, beside.reshape(batch_size, padded, -1).transpose(0, 1)], -1)
+            grouped = beside.unflatten(1, (padded, self.squeeze)).flatten(2)
+            inputs = torch.cat([inputs, grouped.transpose(0, 1)], -1)
         h = self.input(inputs).flatten(0, 1)  # (T / squeeze * B, C)
         context = self.project(features)
         skip = x.new_zeros(1, 1)  # under autocast, sums stay as precise as x
@@ -158,11 +158,12 @@ class WaveNet(nn.Module):
             else:
                 state.history[i][past : past + padded] = h.view(padded, batch_size, -1)
                 extended = state.history[i].flatten(0, 1)
-            delays = [extended[k * dilation * batch_size :][: len(h)] for k in range(self.kernel_size - 1)]
+            delays = [extended[k * dilation * batch_size :][: h.shape[0]] for k in range(self.kernel_size - 1)]
             own = None if context is None else context[: padded // repeat, i, None]
             y = self._gates(i, [*delays, h], own, (-1, repeat, batch_size))
             h, skip = self._layer(i, y, h, skip)
-        found = self._head(skip).view(padded, batch_size, -1).transpose(0, 1).reshape(batch_size, covered, -1)
+        found = self._head(skip).unflatten(0, (padded, batch_size)).transpose(0, 1)
+        found = found.unflatten(-1, (self.squeeze, -1)).flatten(1, 2)  # (B, T, outputs)
         if self.border:
             first = self.start.expand(batch_size, self.border, -1) if state is None else state.outputs.clone()
             found, rest = torch.cat([first, found[:, : covered - self.border]], 1), found[:, covered - self.border :]

@@ -56,7 +56,8 @@ class LinearPrediction(Transform):
             raise ValueError(f"{coefficients.shape[1]} frames of {self.hop_length} samples do not cover {z.shape[1]}")
         excitation = z.double() * self._per_sample(log_gain, z.shape[1]).double().exp()
         past = F.pad(past, (order, 0))[:, past.shape[1] :].double()
-        filtered = _Synthesis.apply if z.device.type == "cpu" else synthesise_by_frames
+        by_frames = z.device.type != "cpu" or torch.compiler.is_compiling()
+        filtered = synthesise_by_frames if by_frames else _Synthesis.apply
         return filtered(excitation, coefficients.expand(len(z), -1, -1).double(), self.hop_length, past)
 
     def inverse(self, x: Tensor, context: Context = ()) -> tuple[Tensor, Tensor]:
@@ -106,12 +107,13 @@ class LinearPredictionFromMel(nn.Module):
         lag = 2 * np.pi * LAG_WINDOW_HZ / settings.sample_rate * np.arange(order + 1)
         # The mean magnitude of noise is sqrt(pi) / 2 of its RMS, and the analysis window scales its power.
         window_power = torch.hann_window(settings.n_fft).double().square().sum()
+        lag_window = 4 / torch.pi / window_power * torch.exp(-0.5 * torch.from_numpy(lag).square())
+        lag_window[0] *= 1 + WHITE_NOISE
         self.register_buffer("lower", torch.from_numpy(used[lower]), persistent=False)
         self.register_buffer("upper", torch.from_numpy(used[np.minimum(lower + 1, len(used) - 1)]), persistent=False)
         self.register_buffer("share", torch.from_numpy(place - lower), persistent=False)
         self.register_buffer("band_gain", gain.clamp_min(1e-30).log(), persistent=False)
-        self.register_buffer("lag_window", torch.from_numpy(np.exp(-0.5 * lag**2)), persistent=False)
-        self.power_scale = float(4 / torch.pi / window_power)
+        self.register_buffer("lag_window", lag_window, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Go where the model goes, but keep constants in float64, whatever its networks are cast to."""
@@ -127,9 +129,8 @@ class LinearPredictionFromMel(nn.Module):
             bands = log_mel.transpose(1, 2).double() - self.band_gain
             # Not a matrix product, whose rounding would differ with the number of frames, and grow in what follows.
             bins = torch.lerp(bands[..., self.lower], bands[..., self.upper], self.share)
-            power = (2 * bins).exp() * self.power_scale  # (B, F, bins)
+            power = (2 * bins).exp()  # (B, F, bins)
             autocorrelation = torch.fft.irfft(power)[..., : self.order + 1] * self.lag_window
-            autocorrelation[..., 0] *= 1 + WHITE_NOISE
             autocorrelation[..., 0] += 1 / (12 * PCM16_STEPS**2)
             coefficients, error = levinson_durbin(autocorrelation)
         return coefficients.to(log_mel.dtype), 0.5 * error.log().to(log_mel.dtype)
@@ -170,11 +171,12 @@ def levinson_durbin(autocorrelation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: int, past: Tensor) -> Tensor:
-    """The all-pole filter of `_Synthesis` in parallel over the samples of a frame, for devices that like that better.
+    """The all-pole filter of `_Synthesis` in parallel over frames, then over the samples of a frame.
 
-    Within a frame the filter is constant: its output is the excitation convolved with the impulse response, plus what
-    rings on of the K samples before it. Only those K are handed from frame to frame. For float64, because responses to
-    single samples of the past are far larger than their sum.
+    For devices that like that better, and for programs that are exported. Within a frame the filter is constant: its
+    output is what the excitation drives it to from silence, plus what rings on of the K samples before it. Those are
+    an excitation of its first K samples, which the impulse response answers to; only they are handed from frame to
+    frame. For float64, because responses to single samples of the past are far larger than their sum.
 
     Args:
         excitation: (B, T).
@@ -183,25 +185,40 @@ def synthesise_by_frames(excitation: Tensor, coefficients: Tensor, hop_length: i
         past: (B, K) the output before.
     """
     length, order = excitation.shape[1], coefficients.shape[-1]
-    frames = math.ceil(length / hop_length)
-    blocks = F.pad(excitation, (0, frames * hop_length - length)).unflatten(1, (frames, hop_length))
-    a = coefficients[:, :frames].flip(-1)
-    # Column k < K answers to a one in x_{k-K} and no excitation, column K to an impulse and no past.
-    responses = list(torch.eye(order, order + 1, dtype=a.dtype, device=a.device).expand(*a.shape[:2], -1, -1).unbind(2))
-    impulse = torch.eye(order + 1, dtype=a.dtype, device=a.device)[order]
-    for n in range(hop_length):
-        following = torch.einsum("bfk,bfkc->bfc", a, torch.stack(responses[n : n + order], 2))
-        responses.append(following + impulse if n == 0 else following)
-    response = torch.stack(responses[order:], 2)  # (B, F, hop, K + 1)
-    size = 2 * hop_length
-    spectrum = torch.fft.rfft(blocks, size) * torch.fft.rfft(response[..., order], size)
-    forced, ringing = torch.fft.irfft(spectrum, size)[..., :hop_length], response[..., :order]
+    frames = -(-length // hop_length)
+    blocks = F.pad(excitation, (0, frames * hop_length - length)).unflatten(1, (frames, hop_length)).transpose(0, 1)
+    a = coefficients[:, :frames].flip(-1).transpose(0, 1)  # (F, B, K)
+
+    def sample(before: Tensor, driving: Tensor) -> tuple[Tensor, Tensor]:
+        x = driving + (a * before).sum(-1)
+        return torch.cat([before[..., 1:], x.unsqueeze(-1)], -1), x
+
+    def frame(before: Tensor, alone: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        driven, ringing = alone
+        x = driven + (ringing @ before.unsqueeze(-1)).squeeze(-1)
+        return x[:, hop_length - order :].clone(memory_format=torch.contiguous_format), x
+
+    def shifted(signal: Tensor) -> Tensor:
+        return F.pad(signal, (order - 1, 0)).unfold(-1, order, 1)
+
+    impulse = F.pad(torch.ones_like(blocks[..., :1]), (0, hop_length - 1))
+    both = torch.stack([blocks, impulse]).movedim(-1, 0)  # (hop, 2, F, B)
+    driven, response = _one_by_one(sample, a.new_zeros(2, *a.shape), both).movedim(0, -1)  # (F, B, hop) each
+    ringing = shifted(response) @ shifted(a)  # (F, B, hop, K)
+    return _one_by_one(frame, past, (driven, ringing)).transpose(0, 1).flatten(1)[:, :length]
+
+
+def _one_by_one(step: Callable[[Tensor, Any], tuple[Tensor, Tensor]], state: Tensor, given: Any) -> Tensor:
+    """What a step gives for each row of what is given, stacked in rows, while it hands on a state."""
+    if torch.compiler.is_compiling():  # an exported program does not know yet how many there are
+        from torch._higher_order_ops.scan import scan  # a prototype of torch's
+
+        return scan(step, state, given)[1]
     out = []
-    for f in range(frames):
-        x = forced[:, f] + (ringing[:, f] @ past.unsqueeze(-1)).squeeze(-1)
-        past = x[:, hop_length - order :]
-        out.append(x)
-    return torch.cat(out, 1)[:, :length]
+    for each in zip(*given, strict=True) if isinstance(given, tuple) else given:
+        state, found = step(state, each)
+        out.append(found)
+    return torch.stack(out)
 
 
 class _Synthesis(torch.autograd.Function):

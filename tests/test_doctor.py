@@ -1,0 +1,71 @@
+"""`wavedistill doctor`: what works is ok, what is missing is said, and what is broken fails by name."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_cli import wavedistill
+from wavedistill.checking import doctor, exactness
+from wavedistill.sampling import sequential
+
+CPU = torch.device("cpu")
+
+
+def states() -> dict[str, doctor.Finding]:
+    return {finding.about: finding for finding in doctor.examine(CPU)}
+
+
+def test_an_installation_that_works_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "new" / "cache"))
+    done = wavedistill("doctor", "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "all is well"
+    assert "FAIL" not in done.stdout
+    said = " ".join(lines)
+    for expected in ("torch ", "numba ", "CPUs", "stream and one pass", "1 s of sound", "pesq", "onnx", "C compiler"):
+        assert expected in said, expected
+    assert str(tmp_path / "new" / "cache") in said
+
+
+def test_a_sampler_that_is_wrong_fails_and_the_rest_is_still_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = sequential.compiled
+    monkeypatch.setattr(sequential, "compiled", lambda *given: 1.01 * right(*given))
+    done = wavedistill("doctor", "--device", "cpu")
+    assert done.returncode == 1
+    (failed,) = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert "fastest sampler and naive differ by" in failed
+    assert "synthesis: 1 s of sound" in done.stdout
+    assert "1 of the checks above failed" in done.stderr
+
+
+@pytest.mark.parametrize("what", ["stream", "silence", "cache"])
+def test_what_is_broken_fails_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str) -> None:
+    monkeypatch.setattr(exactness, "STEPS", 8)
+    (tmp_path / "file").touch()
+    if what == "stream":
+        right = exactness.streaming.stream
+        monkeypatch.setattr(
+            exactness.streaming, "stream", lambda *given, **options: (0.99 * b for b in right(*given, **options))
+        )
+    elif what == "silence":
+        monkeypatch.setattr(doctor.audio, "write", lambda path, wave, rate: path.write_bytes(bytes(44)))
+    else:
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    about = {"stream": "exactness", "silence": "synthesis", "cache": "cache of numba, NUMBA_CACHE_DIR"}[what]
+    found = states()
+    assert [name for name, finding in found.items() if finding.state == "FAIL"] == [about], found[about]
+
+
+def test_what_is_missing_and_may_be_is_said_with_its_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "pesq" else object())
+    monkeypatch.setenv("PATH", os.devnull)
+    found = {finding.about: finding for finding in (*doctor._extras(), *doctor._compilers())}
+    assert str(found["extra demo, pesq"]) == (
+        'none  extra demo, pesq: not installed; for PESQ, one of the scores of speech: pip install "wavedistill[demo]"'
+    )
+    assert found["extra onnx, onnx"].state == "ok"
+    assert found["C compiler"].state == found["C++ compiler"].state == "none"
+    assert "pesq" in found["C compiler"].words

@@ -1,0 +1,1 @@
+"""A student as a program of its own, for runtimes other than Python."""

@@ -60,6 +60,7 @@ def render(
     full: Table,
     train: Table,
     *,
+    licence: str | None,
     stale: Sequence[str],
     losses: Mapping[str, Figure | None],
     clips: Sequence[tuple[str, Sequence[tuple[str, bytes, Figure]]]],
@@ -72,6 +73,7 @@ def render(
         benchmark: the quick table of the benchmark.
         full: the long one.
         train: the pace of the trainings.
+        licence: of the recordings behind its models, one a line.
         stale: names of tables that are left out, because they are of something else.
         losses: a plot for each training whose log is there.
         clips: by name; each as every system has it: what that is called, a wav file, and its log-mel.
@@ -82,7 +84,7 @@ def render(
     return environment.from_string(template()).render(
         name=recipe.name,
         version=__version__,
-        licence=recipe.corpus.licence,
+        licence=licence,
         recipe=json.dumps(found["recipe"], indent=1),
         density=found["density"],
         synthesis=found["synthesis"],

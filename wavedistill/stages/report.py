@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from wavedistill import __version__
 from wavedistill.experiment.folder import Experiment, measured_on
 from wavedistill.experiment.stage import Stage
+from wavedistill.experiment.starts import joined, licence_in
 from wavedistill.reporting.page import render, template, titles
 from wavedistill.reporting.plots import log_mel_plot, loss_plot
 from wavedistill.tools.files import replacing
@@ -23,10 +24,12 @@ def run(experiment: Experiment) -> str:
     found = json.loads(experiment.metrics.read_text())
     tables = {path: _current(experiment, path) for path in _tables(experiment)}
     names = sorted(path.name for path in (experiment.samples / "recorded").glob("*.wav"))  # every system has them
+    trained = [licence_in(experiment.checkpoint(name)) for name in experiment.recipe.training]
     page = render(
         experiment.recipe,
         found,
         *tables.values(),
+        licence=joined(experiment.recipe.corpus.licence, *trained),
         stale=[path.name for path, table in tables.items() if path.exists() and not table],
         losses={name: loss_plot(experiment.training(name) / "tensorboard") for name in experiment.recipe.training},
         clips=[

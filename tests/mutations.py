@@ -122,6 +122,8 @@ TABLE = [
     ("a start's content not watched", "stages/train.py", "experiment.checkpoint(teacher) if teacher else None, experiment.start(name)]", "experiment.checkpoint(teacher) if teacher else None]", "test_starts.py"),
     ("a start's licence forgotten", "experiment/starts.py", "before = [experiment.start(name), ", "before = [", "test_starts.py"),
     ("a teacher's licence forgotten", "experiment/starts.py", "experiment.checkpoint(teacher) if teacher else None]", "None]", "test_starts.py"),
+    ("compilation in the forecast", "training/pace.py", "if self._steps > UNTIMED:", "if self._steps:", "test_pace.py"),
+    ("a forecast of the steps that are done", "training/loop.py", "seconds=step_s * (settings.steps - state.step)", "seconds=step_s * state.step", "test_training.py"),
     ("MCD over all frames", "evaluation/metrics.py", "distance[loudness > loudness.max() * 1e-4]", "distance", "test_metrics.py"),
     ("level difference reversed", "evaluation/metrics.py", "rms_db(synthesised) - rms_db(reference)", "rms_db(reference) - rms_db(synthesised)", "test_metrics.py"),
     ("tilt split at 4 kHz", "evaluation/metrics.py", "round(2000 / sample_rate", "round(4000 / sample_rate", "test_metrics.py"),

@@ -39,6 +39,7 @@ from wavedistill.training.learner import Learner, update_average
 from wavedistill.training.likelihood import likelihood_task
 from wavedistill.training.loop import Outcome, fit
 from wavedistill.training.losses import negative_log_likelihood
+from wavedistill.training.pace import TIMED, UNTIMED
 from wavedistill.training.state import saved_states
 from wavedistill.training.task import Player, Task, learning_rate
 
@@ -157,6 +158,21 @@ def test_training_lowers_the_validation_loss_and_keeps_the_best(tmp_path: Path, 
     assert abs(outcome.valid["nll"] - min(valid.values())) < 1e-6
     assert {"recorded", "drawn"} <= set(log.Tags()["audio"])
     assert {"log-mel recorded", "log-mel drawn"} <= set(log.Tags()["images"])
+
+
+def test_a_long_training_says_once_how_long_it_will_take(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a clock on which every reading is 36 s after the one before, and so every step 36 s long."""
+    clock = itertools.count(0, 36)
+    monkeypatch.setattr("wavedistill.training.loop.time.monotonic", lambda: float(next(clock)))
+    with pytest.raises(TrainingError, match="interrupted"):
+        train(
+            "a",
+            lambda count: os.kill(os.getpid(), signal.SIGINT) if count == UNTIMED + TIMED + 10 else None,
+            steps=UNTIMED + TIMED + 500,
+        )
+    assert capsys.readouterr().err.count("teacher: about 5 h on this machine") == 1
 
 
 def test_a_lengthened_training_goes_on_and_a_finished_one_does_nothing(train: Train) -> None:

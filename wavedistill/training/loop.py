@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,7 @@ from wavedistill.tools.errors import TrainingError
 from wavedistill.tools.progress import note, progress
 from wavedistill.training.batches import Batches, mean_over_processes, read_ahead
 from wavedistill.training.learner import Learner
+from wavedistill.training.pace import Pace, forecast
 from wavedistill.training.state import State
 from wavedistill.training.task import Task
 
@@ -93,7 +95,7 @@ def fit(
     wanted = threads if threads or fabric.world_size == 1 else torch.get_num_threads()
     state.threads = settle(wanted, learner.model.networks[0], backward=True, before=state.threads)
     heard = batches.heard()
-    started, first_step = time.monotonic(), state.step
+    started, first_step, pace = time.monotonic(), state.step, Pace()
 
     def validate(log: "TensorBoardLogger") -> None:
         values = batches.validate(learner.average)
@@ -118,8 +120,13 @@ def fit(
             validate(log)
             state.save(folder)
         while state.step < settings.steps:
+            begun = time.monotonic()
             terms, norm = learner.step(batch_of(state.step), state.step)
             state.count(norm)
+            if (step_s := pace.count(time.monotonic() - begun)) and fabric.is_global_zero:
+                left = timedelta(seconds=step_s * (settings.steps - state.step))
+                if said := forecast(recipe, task.name, left, datetime.now()):
+                    note(said)
             bar.update()
             if not math.isfinite(norm):
                 log.log_metrics({"train/skipped_steps": state.skipped}, state.step)

@@ -124,6 +124,8 @@ TABLE = [
     ("a teacher's licence forgotten", "experiment/starts.py", "experiment.checkpoint(teacher) if teacher else None]", "None]", "test_starts.py"),
     ("compilation in the forecast", "training/pace.py", "if self._steps > UNTIMED:", "if self._steps:", "test_pace.py"),
     ("a forecast of the steps that are done", "training/loop.py", "seconds=step_s * (settings.steps - state.step)", "seconds=step_s * state.step", "test_training.py"),
+    ("heard without mel consistency", "training/preview.py", "spoken = self.consistency(wave, heard)[0]", "spoken = wave[0]", "test_preview.py"),
+    ("tags without a word", "training/log.py", "value.metadata.summary_description = about", "pass", "test_preview.py"),
     ("MCD over all frames", "evaluation/metrics.py", "distance[loudness > loudness.max() * 1e-4]", "distance", "test_metrics.py"),
     ("level difference reversed", "evaluation/metrics.py", "rms_db(synthesised) - rms_db(reference)", "rms_db(reference) - rms_db(synthesised)", "test_metrics.py"),
     ("tilt split at 4 kHz", "evaluation/metrics.py", "round(2000 / sample_rate", "round(4000 / sample_rate", "test_metrics.py"),

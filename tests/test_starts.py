@@ -64,7 +64,7 @@ Make = Callable[..., Experiment]
 
 
 @pytest.fixture
-def make(tmp_path: Path, recipe: Recipe) -> Make:
+def make(tmp_path: Path, recipe: Recipe, blank_pictures: None) -> Make:
     """An experiment in a folder, prepared, some of whose trainings begin with checkpoints."""
 
     def made(folder: str, **starts: Path | str) -> Experiment:

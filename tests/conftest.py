@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -144,6 +145,12 @@ def write_voice(folder: Path, count: int) -> Path:
     for number in range(count):
         soundfile.write(folder / f"{number}.wav", speech_like(16000, number).numpy(), 16000)
     return folder
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spectrograms of trainings without anything on them, which are drawn in no time."""
+    monkeypatch.setattr("wavedistill.training.log.spectrogram", lambda *args: np.zeros((2, 2, 3), np.uint8))
 
 
 @pytest.fixture

@@ -39,6 +39,8 @@ from wavedistill.training.learner import Learner, update_average
 from wavedistill.training.likelihood import likelihood_task
 from wavedistill.training.loop import Outcome, fit
 from wavedistill.training.losses import negative_log_likelihood
+from wavedistill.training.pace import TIMED, UNTIMED
+from wavedistill.training.preview import Preview
 from wavedistill.training.state import saved_states
 from wavedistill.training.task import Player, Task, learning_rate
 
@@ -59,7 +61,7 @@ Train = Callable[..., Outcome]
 
 
 @pytest.fixture
-def train(tmp_path: Path, recipe: Recipe) -> Train:
+def train(tmp_path: Path, recipe: Recipe, blank_pictures: None) -> Train:
     """Train the small teacher in a folder; `hook` is called with the number of each evaluation of the loss."""
     manifest = corpus(tmp_path / "audio", recipe, [20, 20])
     first, second = manifest.utterances
@@ -155,8 +157,36 @@ def test_training_lowers_the_validation_loss_and_keeps_the_best(tmp_path: Path, 
     assert valid[24] < valid[0] - 0.05
     assert outcome.step == min(valid, key=lambda step: valid[step])
     assert abs(outcome.valid["nll"] - min(valid.values())) < 1e-6
-    assert {"recorded", "drawn"} <= set(log.Tags()["audio"])
-    assert {"log-mel recorded", "log-mel drawn"} <= set(log.Tags()["images"])
+    tags = ["utterance_1/generated", "utterance_1/recorded"]
+    assert sorted(log.Tags()["audio"]) == sorted(log.Tags()["images"]) == tags
+    for tag, steps in zip(tags, ([0, 8, 16, 24], [0]), strict=True):
+        assert [event.step for event in log.Audio(tag)] == [event.step for event in log.Images(tag)] == steps
+
+
+def test_what_is_heard_of_a_training_leaves_it_alone(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("heard")
+    monkeypatch.setattr(Preview, "generated", lambda *args: None)
+    train("unheard")
+    heard, unheard = (checkpoint.load(saved_states(tmp_path / name)[0]) for name in ("heard", "unheard"))
+    assert heard[1] == unheard[1]
+    assert all(torch.equal(value, unheard[0][name]) for name, value in heard[0].items())
+
+
+def test_a_long_training_says_once_how_long_it_will_take(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a clock on which every reading is 36 s after the one before, and so every step 36 s long."""
+    clock = itertools.count(0, 36)
+    monkeypatch.setattr("wavedistill.training.loop.time.monotonic", lambda: float(next(clock)))
+    with pytest.raises(TrainingError, match="interrupted"):
+        train(
+            "a",
+            lambda count: os.kill(os.getpid(), signal.SIGINT) if count == UNTIMED + TIMED + 10 else None,
+            steps=UNTIMED + TIMED + 500,
+        )
+    assert capsys.readouterr().err.count("teacher: about 5 h on this machine") == 1
 
 
 def test_a_lengthened_training_goes_on_and_a_finished_one_does_nothing(train: Train) -> None:

@@ -231,11 +231,15 @@ def _run(
     """Run some of a recipe's stages, chosen from the names of all."""
     experiment = given.experiment_of(recipe, overrides, root, device, threads, chosen)
     from wavedistill.experiment.stage import run_stage
+    from wavedistill.experiment.starts import start_of
     from wavedistill.stages import stages_of
     from wavedistill.tools.engine import launch
 
     stages = stages_of(experiment.recipe)
-    for name in chosen(list(stages)):
+    wanted = chosen(list(stages))
+    for name in filter(experiment.recipe.training.__contains__, wanted):
+        start_of(experiment, name)  # a file that does not fit is named before hours of work, not after
+    for name in wanted:
         launch(experiment.device).print(run_stage(stages[name], experiment))  # the first of several processes
 
 

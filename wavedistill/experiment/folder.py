@@ -56,6 +56,11 @@ class Experiment:
         """All that the trained models depend on: their files, and the sources of what is the user's own."""
         return [path for name in self.recipe.training for path in [*self.sources(name), self.checkpoint(name)]]
 
+    def start(self, name: str) -> Path | None:
+        """The file of the weights that a model's training begins with, if it does not begin with random ones."""
+        start = self.recipe.training[name].start
+        return Path(start).expanduser() if start else None
+
     def sources(self, name: str) -> list[Path]:
         """The sources of what is the user's own in a model and its training."""
         model, training = self.recipe.models[name], self.recipe.training[name]

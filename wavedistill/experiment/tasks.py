@@ -1,6 +1,7 @@
 """What each training of an experiment is."""
 
 from wavedistill.experiment.folder import Experiment
+from wavedistill.experiment.starts import start_of
 from wavedistill.models.compiling import compile_networks
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.trainings import Likelihood, OwnTraining
@@ -14,9 +15,16 @@ def task_of(experiment: Experiment, name: str) -> Task:
     """What a recipe's training is.
 
     Raises:
-        CheckpointError: if the teacher that it distils has not been trained, or by other settings.
+        CheckpointError: if the teacher that it distils has not been trained, or by other settings, or if what it is to
+            begin as does not fit.
         RecipeError: if it names code that cannot be imported.
     """
+    start = start_of(experiment, name)
+    task = _task(experiment, name)
+    return task if start is None else task._replace(start=start.model.state_dict())
+
+
+def _task(experiment: Experiment, name: str) -> Task:
     recipe, training = experiment.recipe, experiment.recipe.training[name]
     if isinstance(training, Likelihood):
         return likelihood_task(recipe, name)

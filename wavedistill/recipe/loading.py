@@ -1,6 +1,7 @@
 """Recipes from files: by path or by the name of one that is shipped, with what they extend, and with overrides."""
 
 import difflib
+import itertools
 import os
 import re
 import tomllib
@@ -16,8 +17,8 @@ from wavedistill.recipe.sections import BACKSLASHES, DebianCorpus, FolderCorpus,
 from wavedistill.recipe.trainings import Distillation, Likelihood
 from wavedistill.tools.errors import RecipeError
 
-PATHS = ("text", "path")
-"""Keys of a corpus that are paths: relative ones are so to the recipe's file."""
+PATHS = {"corpus": ("text", "path"), "training": ("start",)}
+"""Keys of a corpus, and of each training, that are paths: relative ones are so to the recipe's file."""
 KINDS = ("kind", "objective")
 """Keys that say what else a table holds."""
 
@@ -118,10 +119,12 @@ def _read(path: Path, extending: list[Path]) -> dict[str, Any]:
         number = re.search(r"at line (\d+)", str(error))
         hint = f"; {BACKSLASHES}" if number and "\\" in text.split("\n")[int(number[1]) - 1] else ""
         raise RecipeError(f"{path}: not valid TOML: {error}{hint}") from error
-    for corpus in _corpora(data.get("corpus")):
-        for key in PATHS:
-            if isinstance(value := corpus.get(key), str) and value and not value.startswith("~"):
-                corpus[key] = str(path.parent / value)
+    trainings = data.get("training")
+    of_each = [each for each in trainings.values() if isinstance(each, dict)] if isinstance(trainings, dict) else []
+    for part, tables in (("corpus", _corpora(data.get("corpus"))), ("training", of_each)):
+        for table, key in itertools.product(tables, PATHS[part]):
+            if isinstance(value := table.get(key), str) and value and not value.startswith("~"):
+                table[key] = str(path.parent / value)
     base = data.pop("extends", None)
     if base is None:
         return data

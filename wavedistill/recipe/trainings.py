@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
 from wavedistill.recipe.models import ImportPath
-from wavedistill.recipe.sections import Section
+from wavedistill.recipe.sections import FilePath, Section
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -16,6 +16,9 @@ class Training(Section):
     steps: Annotated[int, Field(ge=1, le=10**9)]
     """At the end of which the learning rate has fallen. May be changed for a training that is under way, which then
     follows the new curve from where it stands; one that is beyond them is set aside and begun anew."""
+    start: FilePath | None = None
+    """The checkpoint of a model of the same units and sizes, whose weights are those of the first step; None for random
+    ones."""
     batch_size: Annotated[int, Field(ge=1, le=2**16)] = 1
     """Of all processes together."""
     accumulate: PositiveInt = 1

@@ -56,6 +56,7 @@ def render(
     full: Table,
     train: Table,
     *,
+    licence: str | None,
     stale: Sequence[str],
     losses: Mapping[str, Mapping[str, Figure]],
     clips: Sequence[Clip],
@@ -68,6 +69,7 @@ def render(
         benchmark: the quick table of the benchmark.
         full: the long one.
         train: the pace of the trainings.
+        licence: of the recordings behind its models, one a line.
         stale: names of tables that are left out, because they are of something else.
         losses: of each training, a plot for each of its terms; none where its log is gone.
         clips: to be heard.
@@ -82,7 +84,7 @@ def render(
         name=recipe.name,
         version=__version__,
         rate=recipe.audio.sample_rate,
-        licence=recipe.corpus.licence,
+        licence=licence,
         recipe=json.dumps(found["recipe"], indent=1),
         answers=[
             {

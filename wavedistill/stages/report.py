@@ -12,6 +12,7 @@ import soundfile
 from wavedistill import __version__
 from wavedistill.experiment.folder import AS_DRAWN, Experiment, measured_on
 from wavedistill.experiment.stage import Stage
+from wavedistill.experiment.starts import joined, licence_in
 from wavedistill.reporting.page import Clip, Version, render, templates
 from wavedistill.reporting.plots import loss_plots
 from wavedistill.reporting.spectrogram import picture, spectrogram_db
@@ -28,10 +29,12 @@ def run(experiment: Experiment) -> str:
     tables = {path: _current(experiment, path) for path in _tables(experiment)}
     names = sorted(path.name for path in (experiment.samples / "recorded").glob("*.wav"))  # every system has them
     origins = {utterance.name: utterance.source for utterance in experiment.corpus().utterances}
+    trained = [licence_in(experiment.checkpoint(name)) for name in experiment.recipe.training]
     page = render(
         experiment.recipe,
         found,
         *tables.values(),
+        licence=joined(experiment.recipe.corpus.licence, *trained),
         stale=[path.name for path, table in tables.items() if path.exists() and not table],
         losses={name: loss_plots(experiment.training(name) / "tensorboard") for name in experiment.recipe.training},
         clips=[_clip(experiment, systems(found), name, origins[Path(name).stem]) for name in names[:SHOWN_CLIPS]],

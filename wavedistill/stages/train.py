@@ -6,6 +6,7 @@ from typing import Any
 
 from wavedistill.experiment.folder import SHARED, Experiment
 from wavedistill.experiment.stage import Stage
+from wavedistill.experiment.starts import licence
 from wavedistill.experiment.tasks import task_of
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.tools.files import fingerprint
@@ -18,11 +19,12 @@ def run(name: str, experiment: Experiment) -> str:
     # The number of steps is left out: a training may be lengthened, or cut short.
     trajectory = settings(name, experiment)
     del trajectory["training"]["steps"]
+    corpus = experiment.recipe.corpus.model_copy(update={"licence": licence(experiment, name)})
     outcome = fit(
         task,
         experiment.corpus(),
         experiment.audio,
-        recipe=experiment.recipe,
+        recipe=experiment.recipe.model_copy(update={"corpus": corpus}),
         folder=experiment.training(name),
         fingerprint=fingerprint(trajectory, inputs(name, experiment)),
         device=experiment.device,
@@ -38,14 +40,15 @@ def settings(name: str, experiment: Experiment) -> dict[str, Any]:
     recipe = experiment.recipe
     found = recipe.model_dump(mode="json", include={"seed", *SHARED})
     own = {key: getattr(recipe, key)[name].model_dump(mode="json") for key in ("models", "training")}
+    del own["training"]["start"]  # a file, which may be moved; what is in it counts
     return {**found, **own}
 
 
 def inputs(name: str, experiment: Experiment) -> list[Path]:
     """The files that a training depends on."""
     teacher = experiment.recipe.teacher_of(name)
-    known = [] if teacher is None else [experiment.checkpoint(teacher)]
-    return [experiment.manifest, *experiment.sources(name), *known]
+    known = [experiment.checkpoint(teacher) if teacher else None, experiment.start(name)]
+    return [experiment.manifest, *experiment.sources(name), *(path for path in known if path)]
 
 
 def stage(name: str, recipe: Recipe) -> Stage:

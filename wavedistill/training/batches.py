@@ -1,4 +1,4 @@
-"""The data of a training: every process's share of each batch, and what is validated and heard."""
+"""The data of a training: every process's share of each batch, and what is validated."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +13,6 @@ from wavedistill.corpus.segments import Batch, Segments
 from wavedistill.corpus.utterances import Manifest
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.recipe import Recipe
-from wavedistill.speech.audio import LOG_MEL_FLOOR
 from wavedistill.speech.heard import Heard
 from wavedistill.tools.errors import RecipeError
 from wavedistill.tools.random import Streams, random_stream
@@ -21,7 +20,6 @@ from wavedistill.training.task import Task
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
 TRAIN, VALID, HEARD = 0, 1, 2
 """Purposes of random streams."""
@@ -80,15 +78,6 @@ class Batches:
         told = self.train.draw(self._streams(HEARD, 0, range(HEARD_SEGMENTS))).conditioning
         assert told.f0 is not None
         return Heard.of(told.mel, told.f0)
-
-    @torch.no_grad()
-    def preview(self, model: WaveformModel, log: "TensorBoardLogger", step: int) -> None:
-        """Log audio and log-mel of one validation segment, as recorded and as the model draws it."""
-        batch = self.valid.draw(self._streams(VALID, 0, range(1)))
-        for name, wave in (("recorded", batch.audio), ("drawn", self.task.sample(model, batch))):
-            log.experiment.add_audio(name, wave[0].clamp(-1, 1), step, self.recipe.audio.sample_rate)
-            picture = self.valid.log_mel.of_file(wave)[0].flip(0) / -LOG_MEL_FLOOR + 1
-            log.experiment.add_image(f"log-mel {name}", picture.clamp(0, 1), step, dataformats="HW")
 
     def _parts(self, segments: Segments, purpose: int, number: int) -> Iterator[tuple[Batch, Streams]]:
         settings, processes = self.task.settings, self.fabric.world_size

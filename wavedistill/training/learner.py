@@ -26,7 +26,7 @@ class Learner:
     def __init__(self, task: Task, recipe: Recipe, fabric: "Fabric") -> None:
         self.task, self.fabric = task, fabric
         self.model = build(recipe, task.name, recipe.seed).to(fabric.device)
-        self.model.load_state_dict(task.given, strict=False)
+        self.model.load_state_dict({**task.start, **task.given}, strict=False)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in task.given)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)

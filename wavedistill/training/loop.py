@@ -5,9 +5,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -20,11 +21,11 @@ from wavedistill.tools.errors import TrainingError
 from wavedistill.tools.progress import note, progress
 from wavedistill.training.batches import Batches, mean_over_processes, read_ahead
 from wavedistill.training.learner import Learner
+from wavedistill.training.log import Log
+from wavedistill.training.pace import Pace, forecast
+from wavedistill.training.preview import Preview
 from wavedistill.training.state import State
 from wavedistill.training.task import Task
-
-if TYPE_CHECKING:
-    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
 LOG_EVERY = 20
 """Steps between two scalars of the log."""
@@ -93,17 +94,20 @@ def fit(
     wanted = threads if threads or fabric.world_size == 1 else torch.get_num_threads()
     state.threads = settle(wanted, learner.model.networks[0], backward=True, before=state.threads)
     heard = batches.heard()
-    started, first_step = time.monotonic(), state.step
+    preview = Preview(task, manifest, audio_folder, recipe, learner.model.margin, fabric.device)
+    started, first_step, pace = time.monotonic(), state.step, Pace()
 
-    def validate(log: "TensorBoardLogger") -> None:
+    def validate(log: Log) -> None:
         values = batches.validate(learner.average)
         if not all(map(math.isfinite, values.values())):
             raise _diverged(f"the validation loss is not finite at step {state.step} ({values})", task, folder)
-        log.log_metrics({f"valid/{name}": value for name, value in values.items()}, state.step)
+        log.figures("valid", values, state.step)
         state.keep_best(values, task, recipe, heard, folder)
+        if fabric.is_global_zero:
+            preview.generated(learner.average, log, state.step)
 
     with (
-        tensorboard(folder, state.step) as log,
+        tensorboard(folder, state.step) as logger,
         stop_signals() as stopped,
         progress(
             desc=f"{task.name} (resumed)" if state.step else task.name,
@@ -113,16 +117,23 @@ def fit(
             disable=not fabric.is_global_zero,
         ) as bar,
     ):
+        log = Log(logger, fabric)
         if state.best_step is None:
             state.save(folder)  # first, so that a checkpoint is never without a state, whenever the process dies
+            preview.recorded(log, state.step)
             validate(log)
             state.save(folder)
         while state.step < settings.steps:
+            begun = time.monotonic()
             terms, norm = learner.step(batch_of(state.step), state.step)
             state.count(norm)
+            if (step_s := pace.count(time.monotonic() - begun)) and fabric.is_global_zero:
+                left = timedelta(seconds=step_s * (settings.steps - state.step))
+                if said := forecast(recipe, task.name, left, datetime.now()):
+                    note(said)
             bar.update()
             if not math.isfinite(norm):
-                log.log_metrics({"train/skipped_steps": state.skipped}, state.step)
+                log.figures("train", {"skipped_steps": state.skipped}, state.step)
                 if state.skipped_in_a_row >= MOST_SKIPPED:
                     why = f"the gradient was not finite {MOST_SKIPPED} steps in a row, up to step {state.step}"
                     raise _diverged(why, task, folder)
@@ -130,11 +141,9 @@ def fit(
                 values = mean_over_processes(fabric, [terms])
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
                 norms = {"gradient_norm": norm, "parameter_norm": learner.parameter_norm()}
-                log.log_metrics({f"train/{name}": value for name, value in {**values, **norms}.items()}, state.step)
+                log.figures("train", {**values, **norms}, state.step)
             if state.step % settings.validate_every == 0 or state.step == settings.steps:
                 validate(log)
-                if fabric.is_global_zero:
-                    batches.preview(learner.average, log, state.step)
                 state.save(folder)
             # A signal may reach one process sooner than another: they stop after the same step.
             if fabric.strategy.reduce_boolean_decision(stopped(), all=False):
@@ -143,7 +152,7 @@ def fit(
                     f"{task.name}: interrupted at step {state.step}; run the same command again to go on"
                 )
         seconds = time.monotonic() - started
-        log.log_metrics({"train/steps_per_second": (state.step - first_step) / seconds}, state.step)
+        log.figures("train", {"steps_per_second": (state.step - first_step) / seconds}, state.step)
     assert state.best_step is not None
     return Outcome(state.best_step, state.best_valid, seconds, first_step)
 

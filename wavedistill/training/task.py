@@ -52,6 +52,7 @@ class Task(NamedTuple):
         sample: draws audio (B, T) from a model, with the conditioning of a batch, for the log.
         given: weights of the model, by name, that are known and stay as they are.
         players: of a model, the first of which lessens the weighted terms; by default its density and its predictor.
+        start: weights of the model, by name, that it begins with, but for those that are given.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Task(NamedTuple):
     sample: Callable[[WaveformModel, Batch], Tensor]
     given: Mapping[str, Tensor] = {}
     players: "Callable[[Task, WaveformModel], list[Player]] | None" = None
+    start: Mapping[str, Tensor] = {}
 
 
 def players(task: Task, model: WaveformModel) -> list[Player]:

@@ -37,6 +37,8 @@ def test_what_was_begun_goes_on_with_its_number(monkeypatch: pytest.MonkeyPatch)
     assert settle(None, net, before=3) == torch.get_num_threads() == 3
     assert settle(None, net, backward=True, before=16) == 4
     assert settle(2, net, before=3) == torch.get_num_threads() == 2
+    for squeezed in (small_wavenet(source_channels=2, squeeze=2), small_wavenet(squeeze=4, feature_channels=None)):
+        assert settle(None, squeezed, backward=True) == 4
     assert settle(None, net) == 4, "fewer threads of an earlier stage are no fewer cores"
     torch.set_num_threads(2)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")

@@ -43,7 +43,8 @@ Examples:
 - `wavedistill new my.toml` - a recipe for a voice of your own
 - `wavedistill run my.toml --from teacher --until student` - the two trainings
 - `wavedistill teacher my.toml --set training.teacher.steps=20000` - one training, one setting changed
-- `wavedistill generate exp/demo/student/checkpoint.safetensors speech.wav --out out` - a waveform from a checkpoint
+- `wavedistill generate speech.wav --out out` - speech from a recording's log-mel, by the voice that comes with the package
+- `wavedistill generate exp/demo/student/checkpoint.safetensors speech.wav --out out` - by one of your own
 """,
 )
 
@@ -202,17 +203,16 @@ def release(
 
 @app.command()
 def info(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint.safetensors of a trained model.")
-    ],
+    checkpoint: given.Checkpoint = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="As JSON, with the mean and deviation of each mel band of the training.")
     ] = False,
 ) -> None:
     """Show what log-mels a checkpoint expects, and what it gives: rate, hop, bands, scale, level, size, licence."""
     from wavedistill.vocoder.contract import contract, in_words
+    from wavedistill.vocoder.vocoder import SHIPPED
 
-    figures = contract(checkpoint)
+    figures = contract(checkpoint or SHIPPED)
     typer.echo(json.dumps(figures, indent=1) if as_json else in_words(figures))
 
 

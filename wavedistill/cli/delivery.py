@@ -10,10 +10,10 @@ from wavedistill.tools.errors import UserError
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint.safetensors of a student.")],
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="`student.onnx` for ONNX runtimes, or `student.pt2` for torch alone.")
     ],
+    checkpoint: given.Checkpoint = None,
     passes: Annotated[
         int | None,
         typer.Option(min=0, max=64, help="Steps of mel consistency; those of the checkpoint's recipe by default."),
@@ -27,9 +27,9 @@ def export(
     """
     from wavedistill.exporting.programs import export as write
     from wavedistill.tools.files import shown
-    from wavedistill.vocoder.vocoder import load
+    from wavedistill.vocoder.vocoder import SHIPPED, load
 
-    write(load(checkpoint, passes=passes), out)
+    write(load(checkpoint or SHIPPED, passes=passes), out)
     typer.echo(f"{shown(out)}: {out.stat().st_size / 1e6:.1f} MB")
 
 

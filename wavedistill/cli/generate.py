@@ -28,17 +28,15 @@ MelKind = Literal["ln", "log10", "db", "unit", "symmetric"]
 
 
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="The checkpoint.safetensors of a trained model.")
-    ],
     out: Annotated[
         str, typer.Option("--out", "-o", metavar="DIR", help="Where the wav files go; `-` is standard output.")
     ],
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="INPUT...",
-            help="Audio to synthesise anew, log-mels (n_mels, frames) as `.npy`, `.npz` or `.pt`, folders of these, "
+            metavar="[CHECKPOINT] INPUT...",
+            help="The checkpoint.safetensors of a trained model, or nothing for the one that comes with the package, and "
+            "what it is to speak: audio to synthesise anew, log-mels (n_mels, frames) as `.npy`, `.npz` or `.pt`, folders of these, "
             "patterns such as `'a/*.wav'`, or `-` for a wav stream from standard input.",
         ),
     ] = None,
@@ -92,7 +90,9 @@ def generate(
     device: given.Device = "auto",
     threads: given.Threads = "auto",
 ) -> None:
-    """Draw waveforms from a checkpoint: a teacher sample by sample, a student block by block.
+    """Draw waveforms for recordings or log-mels, by the voice that comes with the package or one of your own.
+
+    A student draws block by block, a teacher sample by sample.
 
     The output is 16-bit wav of exactly frames x hop samples, named after the input. Audio may have any rate, format and
     number of channels; its speech is brought to the level of the training data, and the output back. All inputs are
@@ -104,8 +104,9 @@ def generate(
 
     Examples:
 
+    - `wavedistill generate speech.wav -o out`
     - `wavedistill generate exp/demo/student/checkpoint.safetensors recordings mel.npy -o out`
-    - `arecord -f S16_LE -r 16000 | wavedistill generate CHECKPOINT - -o - | aplay`
+    - `arecord -f S16_LE -r 16000 | wavedistill generate - -o - | aplay`
     """
     from wavedistill import __version__
     from wavedistill.speech import audio
@@ -113,11 +114,13 @@ def generate(
     from wavedistill.tools.engine import processes
     from wavedistill.tools.files import fingerprint
     from wavedistill.vocoder import jobs
-    from wavedistill.vocoder.vocoder import load
+    from wavedistill.vocoder.vocoder import SHIPPED, load
 
     if processes() > 1:
         raise UserError("generate: run it without torchrun: one process does it alone")
-    words = [*(inputs or []), *(jobs.words_in(listed) if listed else [])]
+    words = list(inputs or [])
+    checkpoint = Path(words.pop(0)) if words and words[0].endswith(SHIPPED.suffix) else SHIPPED
+    words += jobs.words_in(listed) if listed else []
     if not words:
         raise typer.BadParameter("give an INPUT, or --list with a file that names some")
     piped = PIPE in (*words, out)

@@ -59,7 +59,8 @@ def _compute(net: WaveNet, backward: bool) -> None:
     weight = net.input.weight
     length = -(-STEPS // net.repeat) * net.repeat
     features = None if net.context is None else weight.new_zeros(1, length // net.repeat, net.context.in_features)
-    source = weight.new_zeros(1, length, net.input.in_features - 1) if net.input.in_features > 1 else None
+    beside = net.input.in_features // net.squeeze - 1
+    source = weight.new_zeros(1, length, beside) if beside else None
     with torch.set_grad_enabled(backward):
         out = net(weight.new_zeros(1, length), features, source).sum()
         if out.requires_grad:

@@ -35,8 +35,14 @@ LOG_MEL_RANGE = (-30, 10)
 """What the log-mel of audio in [-1, 1] lies well within, whatever floor it was made with."""
 
 
-def load(path: str | Path, device: torch.device | str = "cpu", passes: int | None = None) -> "Vocoder":
+SHIPPED = Path(__file__).parent / "shipped" / "voice.safetensors"
+"""A student for any voice; `CARD.md` beside it says what it was trained on, and what it is worth."""
+
+
+def load(path: str | Path = SHIPPED, device: torch.device | str = "cpu", passes: int | None = None) -> "Vocoder":
     """A trained model from its checkpoint, ready for use on a device, with so many passes or its recipe's.
+
+    The one that comes with the package is for any voice.
 
     Raises:
         CheckpointError: if there is none at the path, or none that fits this version.

@@ -203,7 +203,7 @@ def parsed(words: list[str]) -> None:
 def options(*commands: str) -> set[str]:
     """Those of some commands, or of all."""
     known = [GROUP.commands[name] for name in commands or GROUP.commands]
-    return {"--help", "--version"} | {each for command in known for given in command.params for each in given.opts}
+    return {"--help", *(each for command in [GROUP, *known] for given in command.params for each in given.opts)}
 
 
 @every_page()
@@ -211,7 +211,9 @@ def test_commands_that_words_mention_are_known(page: Path) -> None:
     for span in spans(page):
         if span.startswith(("wavedistill ", *(f"{name} --" for name in GROUP.commands))):
             name, *rest = shlex.split(span.removeprefix("wavedistill "))
-            if name != "NAME":
+            if name.startswith("--"):
+                assert name in options(), f"{span}: no such option"
+            elif name != "NAME":
                 assert name in GROUP.commands, f"{span}: no such command"
                 found = {word.split("=")[0] for word in rest if word.startswith("--")}
                 assert found <= options(name), f"{span}: no such option"
@@ -229,7 +231,7 @@ def test_options_that_words_mention_are_known(page: Path) -> None:
     [
         ("run demo --fast", "No such option: --fast"),
         ("dance demo.html", "No such command 'dance'"),
-        ("generate checkpoint.safetensors", "Missing parameter: inputs"),
+        ("generate checkpoint.safetensors", "Missing parameter: out"),
         ("run demo --set audio.hop=1", "audio.hop: unknown key"),
     ],
 )

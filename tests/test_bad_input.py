@@ -29,6 +29,10 @@ for _kind in ("teacher", "student"):
     SMALL |= {f"training.{_kind}.{key}": 1 for key in ("steps", "batch_size", "validate_every", "validate_batches")}
 
 
+OURS = "c.safetensors"
+"""A name that says that it is a checkpoint."""
+
+
 class Place:
     """A folder with recordings, an experiment whose two trainings are done, and files to give to `generate`."""
 
@@ -240,15 +244,15 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "text as mel": (1, "m.npy: not a NumPy array", lambda p: p.generate(p.file("m.npy", "words"))),
     "no mel": (1, "m.npy: no such file", lambda p: p.generate(p.root / "m.npy")),
     # Checkpoints.
-    "no checkpoint": (1, "no.x: no such checkpoint", lambda p: p.generate("a.wav", model=p.root / "no.x")),
-    "checkpoint's folder": (1, "student: no such checkpoint (it is a", lambda p: p.generate("a", model=p.model.parent)),
-    "pickle": (1, "a pickled file", lambda p: p.generate("a.wav", model=p.file("c", pickle.dumps({"a": 1})))),
-    "torch's zip": (1, "a pickled file", lambda p: p.generate("a.wav", model=p.file("c", b"PK\3\4"))),
-    "recipe as checkpoint": (1, "mine.toml: not a wavedistill", lambda p: p.generate("a.wav", model=p.recipe)),
+    "no checkpoint": (1, "c.safetensors: no such checkpoint", lambda p: p.generate("a.wav", model=p.root / OURS)),
+    "checkpoint's folder": (1, "c.safetensors: no such checkpoint (it", lambda p: p.generate("a", model=p.dir(OURS))),
+    "pickle": (1, "a pickled file", lambda p: p.generate("a.wav", model=p.file(OURS, pickle.dumps({"a": 1})))),
+    "torch's zip": (1, "a pickled file", lambda p: p.generate("a.wav", model=p.file(OURS, b"PK\3\4"))),
+    "recipe as checkpoint": (1, "c.safetensors: not a wavedistill", lambda p: p.generate("a.wav", model=p.file(OURS, "x = 1"))),
     "half a checkpoint": (1, "a damaged one", lambda p: then(damage(p.model), p.generate("a.wav"))),
-    "foreign": (1, "another program's tensors", lambda p: p.generate("a", model=p.tensors("c", {}, a=torch.ones(1)))),
-    "newer": (1, "install a newer", lambda p: p.generate("a", model=p.tensors("c", {"version": 9}, a=torch.ones(1)))),
-    "older": (1, "train again", lambda p: p.generate("a", model=p.tensors("c", {"version": 1}, a=torch.ones(1)))),
+    "foreign": (1, "another program's tensors", lambda p: p.generate("a", model=p.tensors(OURS, {}, a=torch.ones(1)))),
+    "newer": (1, "install a newer", lambda p: p.generate("a", model=p.tensors(OURS, {"version": 9}, a=torch.ones(1)))),
+    "older": (1, "train again", lambda p: p.generate("a", model=p.tensors(OURS, {"version": 1}, a=torch.ones(1)))),
     "a state": (1, "not a model; give the", lambda p: p.generate("a", model=saved_states(p.model.parent)[0])),
     "recipe inside": (1, "does not fit this version", lambda p: p.generate("a", model=bad_recipe_inside(p))),
     # Recipes.

@@ -423,8 +423,8 @@ def test_mistakes_end_in_one_message(tmp_path: Path) -> None:
     fails(2, "prepaer: no stage of this recipe", "prepaer", TINY)
     fails(2, "No such command", "prepaer")
     fails(1, "the prepare stage has not finished", "teacher", TINY, "--exp", tmp_path)
-    fails(1, "none.pt: no such checkpoint", "generate", tmp_path / "none.pt", TINY, "--out", tmp_path)
-    fails(1, "not a wavedistill checkpoint", "generate", TINY, TINY, "--out", tmp_path)
+    fails(1, "none.safetensors: no such checkpoint", "generate", tmp_path / "none.safetensors", TINY, "--out", tmp_path)
+    fails(1, "tiny.toml: not readable as audio", "generate", TINY, "--out", tmp_path)
     folder = ("--set", 'corpus={kind="folder",path="nowhere"}')
     fails(1, "corpus.path = 'nowhere': does not exist", "prepare", TINY, "--exp", tmp_path, *folder)
 

@@ -35,7 +35,22 @@ NOTEBOOK = DOCS / "first_flow.ipynb"
 CODE = re.compile(r"\[`([\w.]+):([\w.]+)`\]\(([^)]+)\)")
 LINK = re.compile(r"\[[^\]]*\]\((?!\w+:)([^)\s#]*)(?:#([^)\s]*))?\)")
 BLOCK = re.compile(r"^```([^\n`]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SYSTEM = {"cd", "mkdir", ".", "git", "docker", "make", "pip", "curl", "export", "apt-get", "python", "python3", "open"}
+SYSTEM = {
+    "cat",
+    "cd",
+    "mkdir",
+    ".",
+    "git",
+    "docker",
+    "make",
+    "pip",
+    "curl",
+    "export",
+    "apt-get",
+    "python",
+    "python3",
+    "open",
+}
 """Commands that a shell or the system brings."""
 GROUP = typer.main.get_command(app)
 INSTALLED = {entry.name for entry in importlib.metadata.entry_points(group="console_scripts")}

@@ -44,6 +44,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table,
         timed(row("compiled", 40000), *(row("streamed", 96e9 / f, flops=f, trained=False) for f in (1e6, 2e6, 4e6))),
         {"summary": ["The training of the student takes a while."]},
+        licence="by Jane Doe",
         stale=["benchmark_old.json"],
         losses={"teacher": {"nll": figure}, "student": {"kl": figure, "a term of one's own": figure}, "lost": {}},
         clips=[Clip(f"a/rather/long/folder/of/recordings/number_{i}.wav", SECONDS, systems) for i in range(2)],

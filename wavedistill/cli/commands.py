@@ -43,7 +43,7 @@ Examples:
 - `wavedistill new my.toml` - a recipe for a voice of your own
 - `wavedistill run my.toml --from teacher --until student` - the two trainings
 - `wavedistill teacher my.toml --set training.teacher.steps=20000` - one training, one setting changed
-- `wavedistill generate speech.wav --out out` - speech from a recording's log-mel, by the voice that comes with the package
+- `wavedistill generate speech.wav --out out` - speech from a log-mel, by the voice that comes with the package
 - `wavedistill generate exp/demo/student/checkpoint.safetensors speech.wav --out out` - by one of your own
 """,
 )

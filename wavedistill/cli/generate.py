@@ -35,9 +35,9 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar="[CHECKPOINT] INPUT...",
-            help="The checkpoint.safetensors of a trained model, or nothing for the one that comes with the package, and "
-            "what it is to speak: audio to synthesise anew, log-mels (n_mels, frames) as `.npy`, `.npz` or `.pt`, folders of these, "
-            "patterns such as `'a/*.wav'`, or `-` for a wav stream from standard input.",
+            help="The checkpoint.safetensors of a trained model, or nothing for the one that comes with the package; "
+            "then what it is to speak: audio to synthesise anew, log-mels (n_mels, frames) as `.npy`, `.npz` or "
+            "`.pt`, folders of these, patterns such as `'a/*.wav'`, or `-` for a wav stream from standard input.",
         ),
     ] = None,
     listed: Annotated[

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tests.conftest import RECIPES, speech_like
+from tests.conftest import RECIPES
 from tests.test_benchmark import row
 from tests.test_report import scored, timed
 from wavedistill.recipe.loading import load_recipe
@@ -21,18 +21,21 @@ from wavedistill.stages.report import _flac
 playwright = pytest.importorskip("playwright.sync_api", reason="the report's tests steer a browser by playwright")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: apt-get install chromium")
-SECONDS = 4.0
+SECONDS = 60.0
+"""Of silence: longer than any step of a test takes on a busy machine."""
 OVERHEAR = """const plain = GainNode; window.gains = [];
     window.GainNode = class extends plain { constructor(...how) { super(...how); gains.push(this); } };"""
 """Keeps what sets how loud each sound is."""
+MOVE = "(slider, to) => { slider.value = to; slider.dispatchEvent(new Event('input')); }"
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of two clips; one student that fails a check, each figure made up."""
     recipe = load_recipe(RECIPES / "tiny.toml")
-    sound = (2**15 * speech_like(int(SECONDS * 16000)).numpy()).astype(np.int16)
-    version = Version(_flac(sound, 16000), picture(np.zeros((8, 8), np.float32), 0.0))
+    version = Version(
+        _flac(np.zeros(int(SECONDS * 16000), np.int16), 16000), picture(np.zeros((8, 8), np.float32), 0.0)
+    )
     systems = {"recorded": [version], "student": [version, version], "griffin_lim": [version, version]}
     figure = Figure(figsize=(3.6, 2.3))
     figure.subplots().plot([1, 2])
@@ -55,6 +58,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    playwright.expect.set_options(timeout=30_000)
     with playwright.sync_playwright() as driver:
         found = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield found
@@ -88,10 +92,9 @@ def position(clip: Any) -> float:
     return float(clip.get_by_role("slider", name="Position").input_value())
 
 
-def loud(page: Any) -> list[int]:
-    """Which of the sounds that run is heard, once the switch has faded."""
-    page.wait_for_timeout(100)
-    return page.evaluate("gains.map((gain, i) => [gain.gain.value, i]).filter(([g]) => g > 0.01).map(([, i]) => i)")
+def only(page: Any, which: int) -> None:
+    """Waits until one of the sounds that run is heard, and no other: a switch fades."""
+    page.wait_for_function("which => gains.every((gain, i) => gain.gain.value > 0.01 === (i === which))", arg=which)
 
 
 def heard(clip: Any) -> str:
@@ -103,8 +106,8 @@ def test_the_page_is_whole_and_quiet(opened: Any, report: Path) -> None:
     page = opened()
     assert not page.problems
     assert {url for url in page.asked if not url.startswith("data:")} == {report.as_uri()}
-    assert page.locator(".clock").all_inner_texts() == ["0.0 / 4.0 s"] * 2
-    assert "4.0 s" in re.search(r'class="clock">.*', report.read_text()).group(), "before any sound is decoded"
+    assert page.locator(".clock").all_inner_texts() == ["0.0 / 60.0 s"] * 2
+    assert "60.0 s" in re.search(r'class="clock">.*', report.read_text()).group(), "before any sound is decoded"
     heading = page.get_by_role("heading", level=1).inner_text()
     assert heading.startswith(
         "The student is not to be called good: it fails 1 of 7 quality checks. It speaks 10 times"
@@ -117,17 +120,17 @@ def test_switching_keeps_the_position_and_one_clip_plays_at_a_time(opened: Any) 
     page = opened()
     first, second = (page.get_by_role("group", name=f"Clip {n}", exact=True) for n in (1, 2))
     assert heard(first) == "Student"
+    first.get_by_role("slider").evaluate(MOVE, 20)
     first.get_by_role("button", name="Play: Student").click()
-    page.wait_for_timeout(600)
+    page.wait_for_function("document.querySelector('.seek').value > 20.1")
     before = position(first)
-    assert before > 0.2
-    assert loud(page) == [1], "recorded, student twice, Griffin-Lim twice"
+    only(page, 1)  # of recorded, student twice, Griffin-Lim twice
     first.get_by_role("button", name="Griffin-Lim").click()
     assert heard(first) == "Griffin-Lim"
-    assert before <= position(first) < before + 1, "it goes on where it was"
-    assert loud(page) == [3]
+    assert before <= position(first) < 40, "it goes on where it was"
+    only(page, 3)
     first.get_by_role("button", name="As drawn").click()
-    assert loud(page) == [4]
+    only(page, 4)
     assert first.locator("img:not([hidden])").count() == 3, "one picture a system"
     assert first.locator("img:not([hidden])").nth(1).get_attribute("alt") == "Spectrogram: Student, as drawn"
     assert first.locator("img:not([hidden])").nth(0).get_attribute("alt") == "Spectrogram: Recorded"
@@ -146,7 +149,7 @@ def test_a_spectrogram_is_a_place_to_point_at(opened: Any) -> None:
     lane = clip.locator(".picture").nth(2)
     box = lane.bounding_box()
     lane.click(position={"x": box["width"] / 4, "y": 10})
-    assert position(clip) == pytest.approx(SECONDS / 4, abs=0.05)
+    assert position(clip) == pytest.approx(SECONDS / 4, abs=0.2)
     assert heard(clip) == "Griffin-Lim"
     at = clip.evaluate("clip => getComputedStyle(clip.querySelector('.picture'), '::after').left")
     assert float(at.removesuffix("px")) == pytest.approx(box["width"] / 4, abs=2), "the cursor of every lane"
@@ -172,7 +175,7 @@ def test_keys_play_move_and_switch(opened: Any) -> None:
     assert clip.get_by_role("button", name="Loop").get_attribute("aria-pressed") == "true"
     page.keyboard.press(" ")
     playwright.expect(page.locator("[data-playing]")).to_have_count(1)
-    assert 0.25 <= position(clip) < 2, "from where it stands"
+    assert 0.25 <= position(clip) < 30, "from where it stands"
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("1")
     assert heard(clip) == "Recorded", "the last player, from anywhere"
@@ -183,11 +186,10 @@ def test_keys_play_move_and_switch(opened: Any) -> None:
 def test_a_clip_ends_where_it_ends_and_a_loop_begins_again(opened: Any) -> None:
     page = opened()
     clip = page.locator(".clip").first
-    near_the_end = "slider => { slider.value = 3.8; slider.dispatchEvent(new Event('input')); }"
     for loops in (False, True):
-        clip.get_by_role("slider").evaluate(near_the_end)
+        clip.get_by_role("slider").evaluate(MOVE, SECONDS - 0.2)
         clip.locator(".play").click()
-        page.wait_for_function("document.querySelector('.seek').value < 3.5")
+        page.wait_for_function("document.querySelector('.seek').value < 50")
         playwright.expect(page.locator("[data-playing]")).to_have_count(int(loops))
         clip.get_by_role("button", name="Loop").click()
 

@@ -203,7 +203,9 @@ def parsed(words: list[str]) -> None:
 def options(*commands: str) -> set[str]:
     """Those of some commands, or of all."""
     known = [GROUP.commands[name] for name in commands or GROUP.commands]
-    return {"--help", "--version"} | {each for command in known for given in command.params for each in given.opts}
+    return {"--help", "--version", "--install-completion"} | {
+        each for command in known for given in command.params for each in given.opts
+    }
 
 
 @every_page()
@@ -229,7 +231,7 @@ def test_options_that_words_mention_are_known(page: Path) -> None:
     [
         ("run demo --fast", "No such option: --fast"),
         ("dance demo.html", "No such command 'dance'"),
-        ("generate checkpoint.safetensors", "Missing parameter: inputs"),
+        ("generate checkpoint.safetensors", "Missing parameter: out"),
         ("run demo --set audio.hop=1", "audio.hop: unknown key"),
     ],
 )

@@ -248,7 +248,7 @@ CASES: dict[str, tuple[int, str, Case]] = {
     "checkpoint's folder": (1, "c.safetensors: no such checkpoint (it", lambda p: p.generate("a", model=p.dir(OURS))),
     "pickle": (1, "a pickled file", lambda p: p.generate("a.wav", model=p.file(OURS, pickle.dumps({"a": 1})))),
     "torch's zip": (1, "a pickled file", lambda p: p.generate("a.wav", model=p.file(OURS, b"PK\3\4"))),
-    "recipe as checkpoint": (1, "c.safetensors: not a wavedistill", lambda p: p.generate("a.wav", model=p.file(OURS, "x = 1"))),
+    "words as checkpoint": (1, ": not a wavedistill", lambda p: p.generate("a.wav", model=p.file(OURS, "x = 1"))),
     "half a checkpoint": (1, "a damaged one", lambda p: then(damage(p.model), p.generate("a.wav"))),
     "foreign": (1, "another program's tensors", lambda p: p.generate("a", model=p.tensors(OURS, {}, a=torch.ones(1)))),
     "newer": (1, "install a newer", lambda p: p.generate("a", model=p.tensors(OURS, {"version": 9}, a=torch.ones(1)))),

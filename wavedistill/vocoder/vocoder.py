@@ -108,8 +108,8 @@ class Vocoder:
             source: the log-mel, or the file.
             seed: of the noise.
             temperature: scale of the noise.
-            format: what a log-mel's numbers mean, "log10" for instance, or what `wavedistill.mel_format` gives; natural
-                logarithms of amplitudes by default, and then what looks like another format is refused.
+            format: what a log-mel's numbers mean, "log10" for instance, or what `wavedistill.speech.mels.mel_format`
+                gives; natural logarithms of amplitudes by default, and then what looks like another format is refused.
 
         Raises:
             AudioError: if a file holds nothing to synthesise, or a log-mel is none or looks like another format.

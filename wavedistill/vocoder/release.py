@@ -125,7 +125,7 @@ def _card(
             "",
             f"{len(clips[speaker])} clips, {seconds:.0f} s, from the log-mel alone; scores after "
             f"{recipe.consistency.passes} passes for every system, and PESQ-wb as drawn before them. Periodicity is a "
-            "share of the recordings'. The share of pulses in the baseline of both was chosen on these very clips.",
+            "share of the recordings'. That of pulses and noise had its one setting chosen on these very clips.",
             "",
             "| | PESQ-wb as drawn | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |",
             "|---|" + "---|" * (1 + len(COLUMNS)),

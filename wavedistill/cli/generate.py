@@ -137,11 +137,9 @@ def generate(
     for name, wanted in (("--fused", fused), ("--bf16", bf16), (f"INPUT {PIPE}", words[0] == PIPE)):
         if wanted and not vocoder.model.draws_in_parallel:
             raise typer.BadParameter(f"{name}: is for parallel models, and {checkpoint} draws sample by sample")
-    form = None
-    if mel_format or mel_stats:
-        form = format_of(mel_format or "ln", mel_ref_db, mel_stats)
-    elif mel_ref_db is not None:
+    if mel_ref_db is not None and mel_format in (None, "ln", "log10"):
         raise typer.BadParameter("--mel-ref-db: goes with --mel-format db, unit or symmetric")
+    form = format_of(mel_format or "ln", mel_ref_db, mel_stats) if mel_format or mel_stats else None
     how: dict[str, Any] = {"seed": seed, "temperature": temperature, "fused": fused, "bf16": bf16}
     begin = partial(_begin, vocoder, wanted_threads, fused=fused)
     if words[0] == PIPE:
@@ -240,11 +238,13 @@ def _level_told(sound: Iterable["Tensor"], rate: int, level_db: float, gain: flo
     from wavedistill.tools.progress import note
 
     loud: list[Tensor] = []
+    length, enough = 0, LISTENED_SECONDS * rate
     for block in sound:
         yield block
-        if len(loud) * len(block) < LISTENED_SECONDS * rate and rms_db(block) > SILENCE_DB:
+        if length < enough and len(block) and rms_db(block) > SILENCE_DB:
             loud.append(block)
-            if len(loud) * len(block) >= LISTENED_SECONDS * rate:
+            length += len(block)
+            if length >= enough:
                 lack = level_db - rms_db(torch.cat(loud) * gain)
                 if abs(lack) > LEVEL_DB:
                     wanted = 20 * math.log10(gain) + lack

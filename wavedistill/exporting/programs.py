@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -102,9 +103,9 @@ def _onnx(voice: Vocoder) -> bytes:
         program = _traced(voice)
     made = torch.onnx.export(program, opset_version=OPSET, optimize=False, verbose=False, output_names=["waveform"])
     assert made is not None
-    for part in (made.model.graph, *made.model.functions.values()):
-        for node in part.all_nodes():
-            node.metadata_props.clear()  # which lines of which files it comes from: most of a program's size
+    inside = (node for function in made.model.functions.values() for node in function.all_nodes())
+    for node in chain(made.model.graph.all_nodes(), inside):
+        node.metadata_props.clear()  # which lines of which files it comes from: most of a program's size
     made.model.metadata_props.update(described(voice))
     return made.model_proto.SerializeToString()
 

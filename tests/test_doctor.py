@@ -1,6 +1,8 @@
 """`wavedistill doctor`: what works is ok, what is missing is said, and what is broken fails by name."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from tests.test_cli import wavedistill
 from wavedistill.checking import doctor, exactness
 from wavedistill.sampling import sequential
+from wavedistill.speech import audio
 
 CPU = torch.device("cpu")
 
@@ -41,7 +44,7 @@ def test_a_sampler_that_is_wrong_fails_and_the_rest_is_still_looked_at(monkeypat
     assert "1 of the checks above failed" in done.stderr
 
 
-@pytest.mark.parametrize("what", ["stream", "silence", "cache"])
+@pytest.mark.parametrize("what", ["stream", "silence", "cache", "torchaudio"])
 def test_what_is_broken_fails_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str) -> None:
     monkeypatch.setattr(exactness, "STEPS", 8)
     (tmp_path / "file").touch()
@@ -51,10 +54,17 @@ def test_what_is_broken_fails_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path:
             exactness.streaming, "stream", lambda *given, **options: (0.99 * b for b in right(*given, **options))
         )
     elif what == "silence":
-        monkeypatch.setattr(doctor.audio, "write", lambda path, wave, rate: path.write_bytes(bytes(44)))
+        monkeypatch.setattr(audio, "write", lambda path, wave, rate: path.write_bytes(bytes(44)))
+    elif what == "torchaudio":
+        monkeypatch.setitem(sys.modules, "torchaudio", None)
     else:
         monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    about = {"stream": "exactness", "silence": "synthesis", "cache": "cache of numba, NUMBA_CACHE_DIR"}[what]
+    about = {
+        "stream": "exactness",
+        "silence": "synthesis",
+        "cache": "cache of numba, NUMBA_CACHE_DIR",
+        "torchaudio": "versions",
+    }[what]
     found = states()
     assert [name for name, finding in found.items() if finding.state == "FAIL"] == [about], found[about]
 
@@ -69,3 +79,20 @@ def test_what_is_missing_and_may_be_is_said_with_its_use(monkeypatch: pytest.Mon
     assert found["extra onnx, onnx"].state == "ok"
     assert found["C compiler"].state == found["C++ compiler"].state == "none"
     assert "pesq" in found["C compiler"].words
+
+
+def test_a_package_that_cannot_be_loaded_is_named_and_ends_nothing() -> None:
+    """As where torchaudio does not fit its torch, whose library then fails with an OSError."""
+    script = (
+        "import sys, importlib.abc\n"
+        "class Broken(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torchaudio': raise OSError('Could not load this library')\n"
+        "sys.meta_path.insert(0, Broken())\n"
+        "sys.argv = ['wavedistill', 'doctor', '--device', 'cpu']\n"
+        "from wavedistill.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "FAIL  versions: OSError: Could not load this library" in done.stdout
+    assert "C compiler" in done.stdout

@@ -1,4 +1,7 @@
-"""Whether an installation works: what it has, and whether a small model draws here what its equations say."""
+"""Whether an installation works: what it has, and whether a small model draws here what its equations say.
+
+What might not be importable here is imported by the check that is about it.
+"""
 
 import os
 import platform
@@ -13,9 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from wavedistill.checking.exactness import compared, pair, voice_of
 from wavedistill.models.compiling import compiler
-from wavedistill.speech import audio
 from wavedistill.tools.machine import machine
 
 EXTRAS = {
@@ -54,7 +55,7 @@ def examine(device: torch.device) -> Iterator[Finding]:
         "processor": lambda: _processor(device),
         "device": lambda: _device(device),
         **{f"cache of {name}": lambda folder=folder: _writable(folder()) for name, folder in CACHES.items()},  # type: ignore[misc]
-        "exactness": lambda: compared(device),
+        "exactness": lambda: _exactness(device),
         "synthesis": lambda: _synthesis(device),
     }
     for about, check in checks.items():
@@ -106,8 +107,17 @@ def _writable(folder: Path) -> str:
         return str(folder)
 
 
+def _exactness(device: torch.device) -> str:
+    from wavedistill.checking.exactness import compared
+
+    return compared(device)
+
+
 def _synthesis(device: torch.device) -> str:
     """From a file of audio to a file of audio."""
+    from wavedistill.checking.exactness import pair, voice_of
+    from wavedistill.speech import audio
+
     voice = voice_of(pair(device)["student"])
     rate, hop = voice.sample_rate, voice.recipe.audio.hop_length
     length = round(SECONDS * rate / hop) * hop

@@ -72,7 +72,7 @@ def solve_step(raw: np.ndarray, given: float, constants: StepConstants) -> float
 
 def is_step(kind: types.Type, constants: type) -> bool:
     """Whether a compiled step has constants of a class."""
-    return isinstance(kind, types.NamedTuple) and kind.instance_class is constants
+    return isinstance(kind, types.NamedTuple | types.NamedUniTuple) and kind.instance_class is constants
 
 
 class Affine(Elementwise):

@@ -69,8 +69,9 @@ class RationalQuadraticSpline:
 
 def _knots(raw: Tensor) -> Tensor:
     """Knots (..., K + 1) from -BOUND to BOUND, from what stands for the widths between them."""
-    shares = LEAST_SHARE + (1 - LEAST_SHARE * raw.shape[-1]) * raw.softmax(-1)
-    inner = BOUND * (2 * shares.cumsum(-1)[..., :-1] - 1)
+    bins = raw.shape[-1]
+    shares = LEAST_SHARE + (1 - LEAST_SHARE * bins) * raw.softmax(-1)
+    inner = BOUND * (2 * shares[..., : bins - 1].cumsum(-1) - 1)
     return torch.cat([F.pad(inner, (1, 0), value=-BOUND), torch.full_like(raw[..., :1], BOUND)], -1)
 
 
@@ -95,7 +96,8 @@ class _Piece(NamedTuple):
 
 def _piece(value: Tensor, along: Tensor, u: Tensor, y: Tensor, d: Tensor) -> _Piece:
     """The pieces of values (...) along their knots, which may have fewer leading dimensions; the nearest one beyond."""
-    index = (value.detach().unsqueeze(-1) >= along[..., 1:-1]).sum(-1, keepdim=True)
+    bins = along.shape[-1] - 1
+    index = (value.detach().unsqueeze(-1) >= along[..., 1:]).sum(-1, keepdim=True).clamp_max(bins - 1)
 
     def at(knots: Tensor, index: Tensor) -> Tensor:
         return knots.expand(*value.shape, -1).gather(-1, index)[..., 0]

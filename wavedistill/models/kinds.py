@@ -89,7 +89,7 @@ def coupling(settings: Coupling, recipe: Recipe) -> WaveformModel:
         flows += [ActNorm(settings.squeeze, left)] if settings.actnorm else []
         flows.append(mixing(settings.squeeze, left))
         flows.append(CouplingLayer(network, settings.squeeze, kept, elementwise))
-    return around(flows[::-1], BASES["normal"], recipe, source=settings.periodic_source)
+    return around(list(reversed(flows)), BASES["normal"], recipe, source=settings.periodic_source)
 
 
 def around(flows: Sequence[Transform], base: Base, recipe: Recipe, *, source: bool) -> WaveformModel:

@@ -1,17 +1,21 @@
 """Coupling flows: exact in both directions, started from data, trained by likelihood, and teachers of a student."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from tests.conftest import margin, noise, randomise, told
+import wavedistill
+from tests.conftest import margin, noise, randomise, told, write_voice
 from tests.test_audio import corpus
+from tests.test_cli import wavedistill as command
 from wavedistill.corpus.utterances import Manifest
 from wavedistill.flows.bases import StandardNormal
 from wavedistill.flows.coupling import ActNorm, CouplingLayer, InvertibleConv, start_from_data
@@ -366,3 +370,55 @@ def test_training_lowers_its_nll_and_then_the_kl_of_a_student_from_it(
     assert all(map(math.isfinite, found))
     assert sum(found[-4:]) < 0.9 * sum(found[:4]), found
     assert all(torch.equal(kept[name], value) for name, value in teacher.state_dict().items())
+
+
+RECIPE = """
+extends = "tiny"
+
+[corpus]
+kind = "folder"
+path = "voice"
+
+[models.teacher]
+kind = "coupling"
+steps = 4
+early_every = 2
+layers = 3
+network = { channels = 8, skip_channels = 8 }
+
+[training]
+teacher = { steps = 6, validate_every = 3 }
+student = { steps = 3, validate_every = 3, loss = { kl_estimator = "mc" } }
+"""
+
+
+@pytest.mark.slow
+def test_every_stage_takes_a_coupling_flow_and_a_student_from_it(tmp_path: Path) -> None:
+    recording, out, root = write_voice(tmp_path / "voice", 5) / "0.wav", tmp_path / "out", tmp_path / "exp" / "flow"
+    (tmp_path / "flow.toml").write_text(RECIPE)
+    options = ["--exp", root.parent, "--device", "cpu", "--threads", "1"]
+    done = command("run", tmp_path / "flow.toml", *options)
+    assert done.returncode == 0, done.stderr
+    metrics, rows = (json.loads((root / f"{name}.json").read_text()) for name in ("metrics", "benchmark"))
+    models = metrics["density"]["models"]
+    assert models["teacher"]["nll"] < models["teacher"]["nll_before_training"]
+    assert models["student"]["kl_from"] == "teacher"
+    assert set(metrics["gates"]) == {"teacher", "student"}, "both draw in one pass"
+    samplers = {(row["model"], row["sampler"]) for row in rows["rows"]}
+    assert {sampler for model, sampler in samplers if model == "teacher"} == {"parallel"}
+    assert {"parallel", "streamed"} <= {sampler for model, sampler in samplers if model == "student"}
+    assert "Teacher (parallel)" in (root / "report.html").read_text()
+    # A waveform from its checkpoint: drawn whole, of as many samples as the vocoder's own call gives.
+    checkpoint = root / "teacher" / "checkpoint.safetensors"
+    done = command("generate", checkpoint, recording, "--out", out)
+    assert done.returncode == 0, done.stderr
+    drawn, rate = soundfile.read(out / "0.wav", dtype="float32")
+    assert (len(drawn), rate) == (16000, 16000)
+    voice = wavedistill.load(checkpoint)
+    mel = voice.log_mel(torch.from_numpy(drawn))
+    again = voice.sample(mel, seed=3)
+    assert again.shape == (16000,)
+    assert voice.log_prob(again, mel).isfinite()
+    done = command("generate", checkpoint, recording, "--out", out, "--fused")
+    assert done.returncode == 2
+    assert "all at once" in done.stderr

@@ -298,8 +298,8 @@ def utterances(tmp_path: Path, recipe: Recipe) -> Manifest:
 def train(tmp_path: Path, recipe: Recipe, utterances: Manifest) -> Train:
     """Train the coupling flow in a folder; `hook` is called before each evaluation of the loss."""
 
-    def run(folder: str, hook: Callable[[], None] = lambda: None) -> Outcome:
-        task = likelihood_task(recipe, "teacher")
+    def run(folder: str, hook: Callable[[], None] = lambda: None, start: Mapping[str, Tensor] | None = None) -> Outcome:
+        task = likelihood_task(recipe, "teacher")._replace(start=start or {})
 
         def terms(*given: Any) -> Mapping[str, Tensor]:
             hook()
@@ -316,8 +316,8 @@ def test_a_training_starts_from_data_once_and_resumes_bit_for_bit(
 ) -> None:
     """Interrupted before the first validation, where it starts anew from the same data, and after some steps."""
     starts: list[int] = []
-    start = WaveformModel.start
-    monkeypatch.setattr(WaveformModel, "start", lambda *given: (starts.append(1), start(*given))[1])
+    start = WaveformModel.start_from_data
+    monkeypatch.setattr(WaveformModel, "start_from_data", lambda *given: (starts.append(1), start(*given))[1])
 
     def stop_at(call: int) -> Callable[[], None]:
         calls: list[int] = []
@@ -345,6 +345,11 @@ def test_a_training_starts_from_data_once_and_resumes_bit_for_bit(
     assert len(starts) == 3, "a trained start is not overwritten"
     ends = [load(tmp_path / folder / "checkpoint.safetensors")[0] for folder in ("whole", "parts")]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    with pytest.raises(KeyboardInterrupt):
+        train("from another", stop_at(1), ends[0])
+    assert len(starts) == 3, "nor is that of a checkpoint that a training begins with"
+    tensors, _ = load_state(saved_states(tmp_path / "from another")[0])
+    assert all(torch.equal(tensors[f"model.{name}"], value) for name, value in ends[0].items())
     assert whole.valid["nll"] < math.inf
 
 

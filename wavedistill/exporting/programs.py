@@ -60,8 +60,8 @@ def export(voice: Vocoder, path: Path) -> None:
     `waveform` (1, F * hop_length); its F0, its linear prediction and its passes of mel consistency are inside.
 
     Raises:
-        ExportError: if the model draws sample by sample, or is no inverse autoregressive flow, the path says another kind of program, or the packages for
-            ONNX are missing.
+        ExportError: if the model is no inverse autoregressive flow, the path says another kind of program, or the
+            packages for ONNX are missing.
     """
     if not voice.model.draws_in_parallel:
         raise ExportError(

@@ -138,7 +138,7 @@ class Shift(Elementwise):
         return (raw.squeeze(-1),)
 
     def start(self, std: float) -> Tensor:
-        """As the noise is, whatever its deviation."""
+        """Zero (outputs,): x is as the noise is, whatever its deviation, for nothing here can scale it."""
         return torch.zeros(1)
 
     def step(self, to_x: bool) -> StepConstants:

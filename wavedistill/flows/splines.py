@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numba.extending import overload
 from torch import Tensor
 
-from wavedistill.flows.elementwise import Parameters, StepConstants, bounded, is_step, softplus, solve_step
+from wavedistill.flows.elementwise import Elementwise, Parameters, StepConstants, bounded, is_step, softplus, solve_step
 
 BOUND = 5.0
 """A spline bends values between minus this and this, in deviations of its affine part, and leaves others alone."""
@@ -21,7 +21,7 @@ UNIT_SLOPE = math.log(math.expm1(1 - LEAST_SLOPE))
 """What is added to an output of 0, so that the slope it stands for is 1."""
 
 
-class RationalQuadraticSpline:
+class RationalQuadraticSpline(Elementwise):
     r"""An affine function, bent by K rational-quadratic pieces (Durkan et al. 2019, *Neural spline flows*).
 
     .. math:: x = \mu + \sigma u, \qquad z = g(u), \qquad

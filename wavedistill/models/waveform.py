@@ -85,11 +85,11 @@ class WaveformModel(nn.Module):
 
     @property
     def starts_from_data(self) -> bool:
-        """Whether a training has to begin with `start`."""
+        """Whether a training has to begin with `start_from_data`, unless it begins with weights that are trained."""
         return any(isinstance(flow, ActNorm) for flow in self.flows)
 
-    def start(self, audio: Tensor, told: Conditioning) -> None:
-        """Set what starts from data by that of audio with margins, given as to `analyse`."""
+    def start_from_data(self, audio: Tensor, told: Conditioning) -> None:
+        """Set what starts from data, by audio (B, (F + 2 margin) * hop) as `analyse` is given it."""
         with torch.no_grad():
             residual, _ = self.analyse(audio, told)
             start_from_data(self.residual(told), residual)

@@ -9,10 +9,12 @@ class Network(nn.Module):
     Attributes:
         channels: width of its residual path.
         kernel_size: taps of each convolution.
+        head: its last layer.
     """
 
     channels: int
     kernel_size: int
+    head: nn.Linear
 
     @property
     def flops_per_sample(self) -> float:

@@ -36,14 +36,17 @@ class Learner:
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
         self._terms, self.optimizer = fabric.setup(_Terms(task, self.model), optimizer)
 
-    def start(self, find: Callable[[], tuple[Batch, Streams]]) -> None:
-        """Set what starts from data by a batch; the first process does it for all, whose rounding might differ."""
-        if not self.model.starts_from_data:
+    def start_from_data(self, find: Callable[[], tuple[Batch, Streams]]) -> None:
+        """Set what starts from data by a batch, but for a model that begins with trained weights.
+
+        The first process does it for all, whose rounding might differ.
+        """
+        if self.task.start or not self.model.starts_from_data:
             return
 
         def started() -> dict[str, Tensor]:
             batch, streams = find()
-            self.model.start(dequantise(batch.with_margins, streams), batch.conditioning)
+            self.model.start_from_data(dequantise(batch.with_margins, streams), batch.conditioning)
             return {name: weight.cpu() for name, weight in self.model.state_dict().items()}
 
         weights = by_first(self.fabric, started)

@@ -36,7 +36,7 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install -e ".[demo,dev,docs,onnx]"
+	$(BIN)/pip install -e ".[demo,dev,docs,onnx,zoo]"
 	touch $@ $(VENV)/.demo
 
 $(BIN)/python:

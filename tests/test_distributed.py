@@ -120,6 +120,18 @@ def test_two_nodes_have_the_losses_of_one_process(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+def test_what_starts_from_data_starts_alike_in_every_process(runs: Runs) -> None:
+    """A coupling flow, whose normalisation is that of the same segments however many processes share a batch."""
+    changes = {"models.teacher": '{kind="coupling",steps=2,layers=2,network={channels=8,skip_channels=8}}'}
+    changes |= {"training.student.loss.kl_estimator": "mc", "training.teacher.steps": 4}
+    for exp, start in (("flow", (sys.executable,)), ("flow of two", (*TORCHRUN, *ONE_MACHINE))):
+        shutil.copytree(runs.root / "prepared", runs.root / exp)
+        runs.finish(*start, *runs.command(exp, "teacher", **changes))
+    one, two = (runs.losses(exp, "teacher")["valid/nll"] for exp in ("flow", "flow of two"))
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_batch_in_parts_has_the_losses_of_a_whole_one(runs: Runs) -> None:
     shutil.copytree(runs.root / "prepared", runs.root / "parts")
     runs.finish(sys.executable, *runs.command("parts", "teacher", **{"training.teacher.accumulate": 2}))

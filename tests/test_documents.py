@@ -273,8 +273,8 @@ def test_recipes_are_valid(page: Path, tmp_path: Path) -> None:
 TABLES: dict[str, list[type[BaseModel]]] = {
     "[corpus]": list(get_args(get_args(sections.Corpus)[0])),
     "[[corpus.parts]]": [sections.Part],
-    "[models.NAME]": [models.Maf, models.Iaf],
-    "[models.NAME.network]": [models.Network],
+    "[models.NAME]": [models.Maf, models.Iaf, models.Coupling],
+    "[models.NAME.network]": [models.Network, models.NetworkAround],
     "[training.NAME]": [trainings.Likelihood, trainings.Distillation],
     "[training.NAME.loss]": [trainings.DistillationLoss],
     **{

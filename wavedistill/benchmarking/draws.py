@@ -15,7 +15,7 @@ from wavedistill.experiment.folder import Experiment
 from wavedistill.models.compiling import compiler
 from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
-from wavedistill.recipe.models import Iaf, Maf
+from wavedistill.recipe.models import Coupling, Iaf, Maf
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.sampling import sequential
 from wavedistill.sampling.streaming import stream
@@ -60,8 +60,9 @@ def jobs(recipe: Recipe, device: torch.device, lengths: Iterable[tuple[int, floa
     found: list[Job] = []
     for count in threads_of(recipe, device):
         for name, kind in recipe.models.items():
-            if isinstance(kind, Iaf):
-                samplers: list[Any] = ["parallel", "streamed", *(["fused"] if _fuses(device) else [])]
+            if isinstance(kind, Iaf | Coupling):
+                streamed = ["streamed", *(["fused"] if _fuses(device) else [])] if isinstance(kind, Iaf) else []
+                samplers: list[Any] = ["parallel", *streamed]
                 found += [
                     Job(name, sampler, count, batch_size, _samples(recipe, seconds))
                     for batch_size, seconds in lengths
@@ -83,17 +84,14 @@ def jobs(recipe: Recipe, device: torch.device, lengths: Iterable[tuple[int, floa
 
 def sized_jobs(recipe: Recipe, device: torch.device) -> list[Job]:
     """Untrained students of several sizes, for the point where they are as fast as their teacher's best sampler."""
-    pairs = [(name, recipe.teacher_of(name)) for name in recipe.training if recipe.teacher_of(name)]
     sampler: Literal["streamed", "fused"] = "fused" if _fuses(device) else "streamed"
-    found = []
-    for name, teacher in pairs[:1]:
-        kind = recipe.models[str(teacher)]
-        assert isinstance(kind, Maf)
-        for threads in threads_of(recipe, device):
-            for share in CROSSOVER:
-                layers = max(1, round(share * kind.layers))
-                found.append(Job(name, sampler, threads, 1, _samples(recipe, CROSSOVER_SECONDS), layers))
-    return found
+    for name in recipe.training:
+        student, teacher = recipe.models[name], recipe.models.get(str(recipe.teacher_of(name)))
+        if isinstance(student, Iaf) and isinstance(teacher, Maf):
+            sizes = [max(1, round(share * teacher.layers)) for share in CROSSOVER]
+            counts, length = threads_of(recipe, device), _samples(recipe, CROSSOVER_SECONDS)
+            return [Job(name, sampler, threads, 1, length, layers) for threads in counts for layers in sizes]
+    return []
 
 
 def measure(experiment: Experiment, job: Job) -> dict[str, Any]:

@@ -137,6 +137,8 @@ def generate(
     for name, wanted in (("--fused", fused), ("--bf16", bf16), (f"INPUT {PIPE}", words[0] == PIPE)):
         if wanted and not vocoder.model.draws_in_parallel:
             raise typer.BadParameter(f"{name}: is for parallel models, and {checkpoint} draws sample by sample")
+        if wanted and name != "--bf16" and not vocoder.model.streams:
+            raise typer.BadParameter(f"{name}: is for models that draw block by block, and {checkpoint} draws at once")
     if mel_ref_db is not None and mel_format in (None, "ln", "log10"):
         raise typer.BadParameter("--mel-ref-db: goes with --mel-format db, unit or symmetric")
     form = format_of(mel_format or "ln", mel_ref_db, mel_stats) if mel_format or mel_stats else None

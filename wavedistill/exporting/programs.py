@@ -60,13 +60,18 @@ def export(voice: Vocoder, path: Path) -> None:
     `waveform` (1, F * hop_length); its F0, its linear prediction and its passes of mel consistency are inside.
 
     Raises:
-        ExportError: if the model draws sample by sample, the path says another kind of program, or the packages for
-            ONNX are missing.
+        ExportError: if the model is no inverse autoregressive flow, the path says another kind of program, or the
+            packages for ONNX are missing.
     """
     if not voice.model.draws_in_parallel:
         raise ExportError(
             f"the {voice.name} of {voice.recipe.name} draws sample by sample, each from the ones before, and is no "
             "program of one pass: export a student that was distilled from it"
+        )
+    if not voice.model.streams:
+        raise ExportError(
+            f"the {voice.name} of {voice.recipe.name} is a coupling flow, or of a kind of your own, and programs are "
+            "written of inverse autoregressive flows: export a student that was distilled from it"
         )
     if path.suffix not in WRITERS:
         raise ExportError(f"{shown(path)}: give a name that ends in {' or '.join(WRITERS)}")

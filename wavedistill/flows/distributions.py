@@ -43,7 +43,7 @@ class Conditionals(NamedTuple):
             ValueError: if the function is not affine.
         """
         if not isinstance(self.elementwise, Affine):
-            raise ValueError("a mixture has no shift and log_scale of its own")
+            raise ValueError(f"{type(self.elementwise).__name__} is more than a shift and a log_scale")
         shift, log_scale = self.parameters
         return shift, log_scale
 

@@ -60,7 +60,8 @@ def bounded(raw: Tensor, bound: float) -> Tensor:
 
 
 @numba.njit(cache=True)
-def _softplus(x: float) -> float:
+def softplus(x: float) -> float:
+    """For one value, in compiled code."""
     return x if x > 20 else math.log1p(math.exp(x))  # as torch has it
 
 
@@ -69,8 +70,9 @@ def solve_step(raw: np.ndarray, given: float, constants: StepConstants) -> float
     raise NotImplementedError("compiled code only")
 
 
-def _is(kind: types.Type, constants: type) -> bool:
-    return isinstance(kind, types.NamedTuple) and kind.instance_class is constants
+def is_step(kind: types.Type, constants: type) -> bool:
+    """Whether a compiled step has constants of a class."""
+    return isinstance(kind, types.NamedTuple | types.NamedUniTuple) and kind.instance_class is constants
 
 
 class Affine(Elementwise):
@@ -115,13 +117,53 @@ class AffineStep(NamedTuple):
 # Division as in numpy: without a check for zero.
 @overload(solve_step, jit_options={"error_model": "numpy", "fastmath": {"contract"}})
 def _solve_affine(raw: Any, given: Any, constants: Any) -> Callable[..., Any] | None:
-    if not _is(constants, AffineStep):
+    if not is_step(constants, AffineStep):
         return None
 
     def solve(raw: Any, given: Any, constants: Any) -> Any:
-        log_scale = constants.min_log_scale + _softplus(raw[1] - constants.min_log_scale)
+        log_scale = constants.min_log_scale + softplus(raw[1] - constants.min_log_scale)
         scale = math.exp(log_scale)
         return raw[0] + scale * given if constants.to_x else (given - raw[0]) / scale
+
+    return solve
+
+
+class Shift(Elementwise):
+    r""":math:`x = \mu + z`; the parameter is the shift, and nothing is scaled."""
+
+    outputs = 1
+    recordable = True
+
+    def parameters(self, raw: Tensor) -> Parameters:
+        return (raw.squeeze(-1),)
+
+    def start(self, std: float) -> Tensor:
+        """Zero (outputs,): x is as the noise is, whatever its deviation, for nothing here can scale it."""
+        return torch.zeros(1)
+
+    def step(self, to_x: bool) -> StepConstants:
+        return ShiftStep(to_x)
+
+    def to_x(self, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return z + parameters[0], torch.zeros_like(z)
+
+    def to_z(self, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        return x - parameters[0], torch.zeros_like(x)
+
+
+class ShiftStep(NamedTuple):
+    """An additive step in compiled code."""
+
+    to_x: bool
+
+
+@overload(solve_step)
+def _solve_shift(raw: Any, given: Any, constants: Any) -> Callable[..., Any] | None:
+    if not is_step(constants, ShiftStep):
+        return None
+
+    def solve(raw: Any, given: Any, constants: Any) -> Any:
+        return given + raw[0] if constants.to_x else given - raw[0]
 
     return solve
 
@@ -211,7 +253,7 @@ NEWTON_STEPS = MixtureCdf.ITERATIONS
 @overload(solve_step)
 def _solve_mixture(raw: Any, given: Any, constants: Any) -> Callable[..., Any] | None:
     """As `MixtureCdf`, for one value, in float64."""
-    if not _is(constants, MixtureStep):
+    if not is_step(constants, MixtureStep):
         return None
 
     def solve(raw: Any, given: Any, constants: Any) -> Any:
@@ -266,7 +308,7 @@ def _components(raw: np.ndarray, min_log_scale: float) -> np.ndarray:
     components[0] -= _log_sum(components[0])
     components[1] = raw[k : 2 * k]
     for i in range(k):
-        components[2, i] = min_log_scale + _softplus(raw[2 * k + i] - min_log_scale)
+        components[2, i] = min_log_scale + softplus(raw[2 * k + i] - min_log_scale)
         components[3, i] = math.exp(-components[2, i])
     return components
 

@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import nn
 
-from wavedistill.networks.wavenet import WaveNet
+from wavedistill.networks.network import Network
 from wavedistill.tools.errors import RecipeError
 
 
@@ -42,5 +42,5 @@ def compile_networks(model: nn.Module) -> None:
     """
     require_compiler(next(model.parameters()).device)
     for module in model.modules():
-        if isinstance(module, WaveNet):
+        if isinstance(module, Network):
             module.compile(dynamic=False)

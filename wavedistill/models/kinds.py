@@ -1,14 +1,19 @@
 """The kinds of models that a recipe knows, and how its tables become one."""
 
+from collections.abc import Sequence
+
 import torch
 
 from wavedistill.flows.bases import BASES, Base
-from wavedistill.flows.elementwise import Affine, Elementwise, MixtureCdf
-from wavedistill.flows.transforms import Autoregressive, Scale
+from wavedistill.flows.coupling import ActNorm, CouplingLayer, Flip, InvertibleConv
+from wavedistill.flows.elementwise import Affine, Elementwise, MixtureCdf, Shift
+from wavedistill.flows.splines import RationalQuadraticSpline
+from wavedistill.flows.transforms import Autoregressive, Scale, Transform
 from wavedistill.models.waveform import WaveformModel
+from wavedistill.networks.around import WaveNetAround
 from wavedistill.networks.encoder import MelEncoder
 from wavedistill.networks.wavenet import WaveNet
-from wavedistill.recipe.models import Iaf, Maf
+from wavedistill.recipe.models import Coupling, Iaf, Maf
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech.linear_prediction import LinearPrediction, LinearPredictionFromMel, Preemphasis
 from wavedistill.speech.pitch import PITCH_CHANNELS, SOURCE_CHANNELS, PeriodicSource, PitchPredictor
@@ -28,6 +33,8 @@ def build(recipe: Recipe, name: str, seed: int) -> WaveformModel:
             return maf(settings, recipe)
         if isinstance(settings, Iaf):
             return iaf(settings, recipe)
+        if isinstance(settings, Coupling):
+            return coupling(settings, recipe)
         return imported(settings.kind, f"models.{name}.kind")(settings, recipe)
 
 
@@ -36,6 +43,8 @@ def maf(settings: Maf, recipe: Recipe) -> WaveformModel:
     elementwise: Elementwise = Affine(settings.min_log_scale)
     if settings.components > 1:
         elementwise = MixtureCdf(BASES[settings.base], settings.components, settings.min_log_scale)
+    if settings.elementwise == "spline":
+        elementwise = RationalQuadraticSpline(settings.bins, settings.min_log_scale)
     base = BASES[settings.noise]
     network = _network(recipe, settings, settings.layers, elementwise)
     _start_at_unit_variance(network, elementwise, base)
@@ -55,7 +64,35 @@ def iaf(settings: Iaf, recipe: Recipe) -> WaveformModel:
     return around(flows, base, recipe, source=settings.periodic_source)
 
 
-def around(flows: list[Autoregressive], base: Base, recipe: Recipe, *, source: bool) -> WaveformModel:
+def coupling(settings: Coupling, recipe: Recipe) -> WaveformModel:
+    """Steps of normalisation, mixing and coupling, then the last transform of the recipe."""
+    bijections: dict[str, Elementwise] = {
+        "affine": Affine(settings.min_log_scale),
+        "additive": Shift(),
+        "spline": RationalQuadraticSpline(settings.bins, settings.min_log_scale),
+    }
+    mixing = {"conv1x1": InvertibleConv, "flip": Flip}[settings.mixing]
+    elementwise = bijections[settings.coupling]
+    flows: list[Transform] = []
+    for left in settings.left:  # from residual to noise
+        kept = left + (settings.squeeze - left) // 2
+        network = WaveNetAround(
+            layers=settings.layers,
+            **settings.network.model_dump(),
+            in_channels=kept,
+            out_channels=(settings.squeeze - kept) * elementwise.outputs,
+            feature_channels=recipe.conditioning.channels,
+            repeat=recipe.conditioning.upsample[-1],
+            squeeze=settings.squeeze,
+            source_channels=SOURCE_CHANNELS if settings.periodic_source else 0,
+        )
+        flows += [ActNorm(settings.squeeze, left)] if settings.actnorm else []
+        flows.append(mixing(settings.squeeze, left))
+        flows.append(CouplingLayer(network, settings.squeeze, kept, elementwise))
+    return around(list(reversed(flows)), BASES["normal"], recipe, source=settings.periodic_source)
+
+
+def around(flows: Sequence[Transform], base: Base, recipe: Recipe, *, source: bool) -> WaveformModel:
     """A model of a recipe's units: flows between its conditioning and its last transform.
 
     Args:

@@ -3,13 +3,15 @@
 from collections.abc import Iterable
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from wavedistill.flows.bases import Base
+from wavedistill.flows.coupling import ActNorm, start_from_data
 from wavedistill.flows.distributions import FlowDistribution
 from wavedistill.flows.transforms import Autoregressive, Bound, Context, Transform
 from wavedistill.networks.encoder import MelEncoder
-from wavedistill.networks.wavenet import WaveNet
+from wavedistill.networks.network import Network
 from wavedistill.speech.conditioning import Conditioning
 from wavedistill.speech.linear_prediction import LinearPredictionFromMel, Preemphasis
 from wavedistill.speech.pitch import PITCH_CONTEXT, PeriodicSource, PitchPredictor
@@ -37,7 +39,7 @@ class WaveformModel(nn.Module):
     def __init__(
         self,
         encoder: MelEncoder,
-        flows: Iterable[Autoregressive],
+        flows: Iterable[Transform],
         shared: Transform,
         envelope: LinearPredictionFromMel | Preemphasis | None,
         base: Base,
@@ -77,14 +79,30 @@ class WaveformModel(nn.Module):
         return all(not isinstance(flow, Autoregressive) or flow.reads == "x" for flow in self.flows)
 
     @property
+    def streams(self) -> bool:
+        """Whether a waveform can be drawn block by block: by flows that need only what came before it."""
+        return all(isinstance(flow, Autoregressive) and flow.reads == "z" for flow in self.flows)
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether a training has to begin with `start_from_data`, unless it begins with weights that are trained."""
+        return any(isinstance(flow, ActNorm) for flow in self.flows)
+
+    def start_from_data(self, audio: Tensor, told: Conditioning) -> None:
+        """Set what starts from data, by audio (B, (F + 2 margin) * hop) as `analyse` is given it."""
+        with torch.no_grad():
+            residual, _ = self.analyse(audio, told)
+            start_from_data(self.residual(told), residual)
+
+    @property
     def flops_per_sample(self) -> float:
         """Floating-point operations of the conditioners for one sample; the rest is below a tenth of them."""
         return sum(net.flops_per_sample for net in self.networks)
 
     @property
-    def networks(self) -> list[WaveNet]:
+    def networks(self) -> list[Network]:
         """The flows' networks."""
-        return [module for module in self.modules() if isinstance(module, WaveNet)]
+        return [module for module in self.modules() if isinstance(module, Network)]
 
     def shared_context(self, told: Conditioning) -> Context:
         """What the last transform is conditioned on, for the F frames themselves."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from wavedistill.networks.wavenet import WaveNet
+from wavedistill.networks.network import Network
 from wavedistill.tools.progress import note
 
 CORES = torch.get_num_threads()
@@ -19,10 +19,10 @@ CORES = torch.get_num_threads()
 
 ROUNDS = 4
 STEPS = 4000
-"""Of the network that is timed, about: as long as what is computed at once."""
+"""Samples for the network that is timed, about: as many as are computed at once."""
 
 
-def settle(wanted: int | None, net: WaveNet, *, backward: bool = False, before: int | None = None) -> int:
+def settle(wanted: int | None, net: Network, *, backward: bool = False, before: int | None = None) -> int:
     """Set the number of threads that compute on the CPU, and return it.
 
     Args:
@@ -32,7 +32,8 @@ def settle(wanted: int | None, net: WaveNet, *, backward: bool = False, before: 
         before: the number that what goes on was begun with, which is kept if there are as many cores: results are equal
             to the last bit for one number of threads only.
     """
-    if wanted is None and net.input.weight.device.type == "cpu" and CORES > 1 and "OMP_NUM_THREADS" not in os.environ:
+    free = CORES > 1 and "OMP_NUM_THREADS" not in os.environ
+    if wanted is None and free and next(net.parameters()).device.type == "cpu":
         wanted = before if before and before <= CORES else fastest(lambda: _compute(net, backward), [1, CORES])
         note(
             f"computing with {wanted} of {CORES} threads: {'as before' if wanted == before else 'the faster just now'}"
@@ -55,13 +56,8 @@ def fastest(work: Callable[[], object], numbers: list[int]) -> int:
     return min(numbers, key=lambda number: sorted(seconds[number])[ROUNDS // 2])
 
 
-def _compute(net: WaveNet, backward: bool) -> None:
-    weight = net.input.weight
-    length = -(-STEPS // net.repeat) * net.repeat
-    features = None if net.context is None else weight.new_zeros(1, length // net.repeat, net.context.in_features)
-    beside = net.input.in_features // net.squeeze - 1
-    source = weight.new_zeros(1, length, beside) if beside else None
+def _compute(net: Network, backward: bool) -> None:
     with torch.set_grad_enabled(backward):
-        out = net(weight.new_zeros(1, length), features, source).sum()
+        out = net(*net.trial(STEPS)).sum()
         if out.requires_grad:
             torch.autograd.grad(out, [p for p in net.parameters() if p.requires_grad], allow_unused=True)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wavedistill.networks.network import Network
+
 
 class WaveNetState:
     """What a network remembers of a sequence that it is given block by block: zeros at the start, as training pads.
@@ -38,7 +40,7 @@ class WaveNetState:
         self.position = 0
 
 
-class WaveNet(nn.Module):
+class WaveNet(Network):
     r"""Strictly causal gated convolution stack (van den Oord et al. 2016): outputs at t see the input before t only.
 
     Each layer computes, with dilation d_l and conditioning c,
@@ -88,7 +90,7 @@ class WaveNet(nn.Module):
         super().__init__()
         self.dilations = [2 ** (i % dilation_cycle) for i in range(layers)]
         self.kernel_size, self.channels, self.skip_channels, self.repeat = kernel_size, channels, skip_channels, repeat
-        self.squeeze, self.border = squeeze, border
+        self.squeeze, self.border, self.source_channels = squeeze, border, source_channels
         self.input = nn.Linear(squeeze * (1 + source_channels), channels)
         self.gates = nn.ModuleList(nn.Linear(kernel_size * channels, 2 * channels) for _ in range(layers))
         # Nothing follows the last layer's residual path, so it has none.
@@ -107,7 +109,6 @@ class WaveNet(nn.Module):
 
     @property
     def flops_per_sample(self) -> float:
-        """Floating-point operations of one output in matrix products, two for a multiplication and its sum."""
         layers = [self.input, *self.gates, *self.outputs, self.hidden, self.head]
         weights = sum(layer.weight.numel() for layer in layers)
         shared = 0 if self.context is None else self.context.weight.numel() / self.repeat
@@ -117,6 +118,11 @@ class WaveNet(nn.Module):
     def receptive_field(self) -> int:
         """How many input values before t the output at t can see."""
         return self.squeeze * (2 + (self.kernel_size - 1) * sum(self.dilations)) - 1
+
+    def trial(self, samples: int) -> tuple[Tensor | None, ...]:
+        length, zeros = -(-samples // self.repeat) * self.repeat, self.input.weight.new_zeros
+        features = None if self.context is None else zeros(1, length // self.repeat, self.context.in_features)
+        return zeros(1, length), features, zeros(1, length, self.source_channels) if self.source_channels else None
 
     @property
     def start(self) -> Tensor:

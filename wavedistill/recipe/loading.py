@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from wavedistill.recipe.models import Iaf, Maf
+from wavedistill.recipe.models import KINDS as MODEL_KINDS
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.recipe.sections import BACKSLASHES, DebianCorpus, FolderCorpus, NanottsCorpus, Section, SeveralCorpora
 from wavedistill.recipe.trainings import Distillation, Likelihood
@@ -24,7 +24,7 @@ KINDS = ("kind", "objective")
 
 TAGGED: dict[str, type[BaseModel]] = {
     **{"nanotts": NanottsCorpus, "debian": DebianCorpus, "folder": FolderCorpus, "several": SeveralCorpora},
-    **{"maf": Maf, "iaf": Iaf},
+    **MODEL_KINDS,
     **{"likelihood": Likelihood, "distillation": Distillation, "own": Section},
 }
 """The sections of unions, by their tags."""

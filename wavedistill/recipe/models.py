@@ -3,11 +3,13 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from wavedistill.recipe.sections import Section, Width
 
 Layers = Annotated[int, Field(ge=1, le=1000)]
+Bins = Annotated[int, Field(ge=2, le=64)]
+"""Pieces of a spline, where there is one."""
 ImportPath = Annotated[str, Field(pattern=r"^\w+(\.\w+)*:\w+$")]
 """ "module:name" of code of the user's own."""
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -41,10 +43,19 @@ class Maf(Section):
     """The shape of a sample's density given the ones before."""
     components: Annotated[int, Field(ge=1, le=100)] = 1
     """How many of them are mixed."""
+    elementwise: Literal["mixture", "spline"] = "mixture"
+    """What a sample is of its noise: a draw of the mixture, which of one component is an affine function; or an affine
+    function that a monotonic spline has bent."""
+    bins: Bins = 8
     layers: Layers = 20
     min_log_scale: Annotated[float, Field(lt=0)] = -4.5
     """Lower bound of log_scale, in nats, for a residual of about unit variance."""
     network: Network = Network()
+
+    @property
+    def affine(self) -> bool:
+        """Whether a sample is an affine function of its noise."""
+        return self.components == 1 and self.elementwise == "mixture"
 
     @property
     def receptive_field(self) -> int:
@@ -55,6 +66,15 @@ class Maf(Section):
     def noise(self) -> str:
         """The distribution of its noise; a mixture of copies of the base is made of logistic noise."""
         return "logistic" if self.components > 1 else self.base
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Maf":
+        if self.components > 1 and self.elementwise == "spline":
+            raise ValueError(
+                f'elementwise = "spline" has one component, not {self.components}: set components = 1, or '
+                'elementwise = "mixture"'
+            )
+        return self
 
 
 class Iaf(Section):
@@ -97,6 +117,69 @@ class Iaf(Section):
         return self.base
 
 
+class NetworkAround(Network):
+    """The width and shape of a WaveNet that looks both ways, at groups of samples."""
+
+    dilation_cycle: Annotated[int, Field(ge=1, le=16)] = 6
+    kernel_size: Annotated[int, Field(ge=3, le=15)] = 3
+    """Odd."""
+
+
+class Coupling(Section):
+    """Coupling flows: samples in one pass, and the density of anything in one pass."""
+
+    kind: Literal["coupling"]
+    steps: Annotated[int, Field(ge=1, le=100)] = 8
+    """Each normalises, mixes and couples channels, and has a network of its own."""
+    squeeze: Annotated[int, Field(ge=2, le=64)] = 8
+    """Samples that become the channels of a group. Divides `audio.hop_length`."""
+    early_every: Annotated[int, Field(ge=1)] = 4
+    """Steps after which some channels have become noise, and are changed no more."""
+    early_channels: Annotated[int, Field(ge=0)] = 2
+    """How many of them; 0 for none."""
+    coupling: Literal["affine", "additive", "spline"] = "affine"
+    """What a network does to the second half of the channels, given the first: scale and shift it (Real-NVP), shift it
+    (NICE), or bend it besides."""
+    mixing: Literal["conv1x1", "flip"] = "conv1x1"
+    """What comes before it: an invertible matrix (Glow), or the channels in reverse order (NICE, Real-NVP)."""
+    actnorm: bool = True
+    """Whether each step begins with a shift and a scale of every channel, which start from the corpus."""
+    periodic_source: bool = True
+    """Whether the networks read signals that repeat with F0; needs `conditioning.pitch`."""
+    bins: Bins = 8
+    layers: Layers = 6
+    """Of each network."""
+    min_log_scale: Annotated[float, Field(lt=0)] = -4.5
+    """Lower bound of each coupling's log_scale, in nats."""
+    network: NetworkAround = NetworkAround()
+
+    @property
+    def receptive_field(self) -> int:
+        """Samples that a network looks at, before and after."""
+        dilations = sum(2 ** (i % self.network.dilation_cycle) for i in range(self.layers))
+        return self.squeeze * (1 + (self.network.kernel_size - 1) * dilations)
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        """Channels that have become noise before each step, from waveform to noise."""
+        return tuple(i // self.early_every * self.early_channels for i in range(self.steps))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Coupling":
+        if self.network.kernel_size % 2 == 0:
+            raise ValueError(
+                f"network.kernel_size = {self.network.kernel_size}: looks as far ahead as back, so it is odd: use "
+                f"{self.network.kernel_size + 1}"
+            )
+        if self.squeeze - self.left[-1] < 2:
+            raise ValueError(
+                f"early_channels = {self.early_channels} every early_every = {self.early_every} of steps = "
+                f"{self.steps} leave {self.squeeze - self.left[-1]} of squeeze = {self.squeeze} channels, and a "
+                "coupling needs two: lower early_channels or raise early_every"
+            )
+        return self
+
+
 class OwnModel(BaseModel):
     """A kind of model of the user's own: a function of this table and the recipe; all other keys are its own."""
 
@@ -107,9 +190,15 @@ class OwnModel(BaseModel):
 
 def _kind(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if kind in ("maf", "iaf") else "own"
+    return kind if kind in KINDS else "own"
 
 
+KINDS: dict[str, type[Section]] = {"maf": Maf, "iaf": Iaf, "coupling": Coupling}
+"""The tables, by kind."""
 Model = Annotated[
-    Annotated[Maf, Tag("maf")] | Annotated[Iaf, Tag("iaf")] | Annotated[OwnModel, Tag("own")], Discriminator(_kind)
+    Annotated[Maf, Tag("maf")]
+    | Annotated[Iaf, Tag("iaf")]
+    | Annotated[Coupling, Tag("coupling")]
+    | Annotated[OwnModel, Tag("own")],
+    Discriminator(_kind),
 ]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
-from wavedistill.recipe.models import Iaf, Maf, Model, OwnModel
+from wavedistill.recipe.models import Coupling, Iaf, Maf, Model, OwnModel
 from wavedistill.recipe.sections import (
     Audio,
     Benchmark,
@@ -92,22 +92,29 @@ class Recipe(Section):
     def _fits(self, name: str, training: Training) -> None:
         """Whether a model can have a training of its kind, and segments long enough for it."""
         model, segment = self.models[name], training.segment_frames * self.audio.hop_length
-        if isinstance(model, Iaf) and model.periodic_source and not self.conditioning.pitch:
+        if isinstance(model, Iaf | Coupling) and model.periodic_source and not self.conditioning.pitch:
             raise ValueError(f"models.{name}.periodic_source = true needs F0: set conditioning.pitch = true as well")
         if isinstance(training, Likelihood) and isinstance(model, Iaf):
             raise ValueError(
                 f'training.{name}.objective = "likelihood" needs a density in one pass, which models.{name}.kind = '
-                '"iaf" has of its own samples only: distil it, or make it a "maf"'
+                '"iaf" has of its own samples only: distil it, or make it a "maf" or a "coupling"'
             )
         if isinstance(model, OwnModel):
             return
         if isinstance(model, Iaf):
             self._groups(name, model)
+        if isinstance(model, Coupling) and self.audio.hop_length % model.squeeze:
+            raise ValueError(
+                f"models.{name}.squeeze: {model.squeeze} does not divide audio.hop_length = {self.audio.hop_length}; "
+                f"use one of {[g for g in range(2, 65) if self.audio.hop_length % g == 0]}"
+            )
         field = model.receptive_field
         if field > segment:
-            squeezed = f"models.{name}.squeeze or " if isinstance(model, Iaf) and max(model.squeeze) > 1 else ""
+            where = "" if isinstance(model, Coupling) else " back"
+            groups = isinstance(model, Coupling) or (isinstance(model, Iaf) and max(model.squeeze) > 1)
+            squeezed = f"models.{name}.squeeze or " if groups else ""
             raise ValueError(
-                f"models.{name}: a network sees {field} samples back, but training.{name}.segment_frames = "
+                f"models.{name}: a network sees {field} samples{where}, but training.{name}.segment_frames = "
                 f"{training.segment_frames} gives segments of {segment}: lower {squeezed}models.{name}.network."
                 f"dilation_cycle, or use segment_frames = {math.ceil(field / self.audio.hop_length)} or more"
             )
@@ -141,18 +148,21 @@ class Recipe(Section):
         teacher = None if training.own else self.models[training.of]
         of = f"models.{training.of}"
         if isinstance(teacher, Iaf):
-            raise ValueError(f'{here}.of = "{training.of}": its density takes as many passes as samples; give a "maf"')
+            raise ValueError(
+                f'{here}.of = "{training.of}": its density takes as many passes as samples; give a '
+                '"maf" or a "coupling"'
+            )
         if isinstance(teacher, Maf) and isinstance(student, Iaf):
-            gaussian = {teacher.base, student.base} == {"normal"} and teacher.components == 1
+            gaussian = {teacher.base, student.base} == {"normal"} and teacher.affine
             if loss.kl_estimator == "closed" and not gaussian:
                 raise ValueError(
-                    f'{here}.loss.kl_estimator = "closed" needs {of}.base = "normal", {of}.components = 1 and '
-                    f'models.{name}.base = "normal"; use "mc-k" for other densities'
+                    f'{here}.loss.kl_estimator = "closed" needs {of}.base = "normal", {of}.components = 1 without a '
+                    f'spline and models.{name}.base = "normal"; use "mc-k" for other densities'
                 )
-            if loss.log_scale and (teacher.components > 1 or teacher.base != student.base):
+            if loss.log_scale and (not teacher.affine or teacher.base != student.base):
                 raise ValueError(
                     f"{here}.loss.log_scale compares log-scales of densities of one kind: set it to 0, or {of}.base to "
-                    f"models.{name}.base and {of}.components to 1"
+                    f"models.{name}.base and {of}.components to 1, without a spline"
                 )
             if (loss.x_reconstruction or loss.z_reconstruction) and teacher.noise != student.noise:
                 raise ValueError(
@@ -160,8 +170,11 @@ class Recipe(Section):
                     f'models.{name}.base = "{teacher.noise}", as the teacher\'s, or both weights to 0'
                 )
         elif loss.kl_estimator != "mc" or loss.log_scale or loss.x_reconstruction or loss.z_reconstruction:
+            whole = "a density of one's own"
+            if isinstance(teacher, Coupling) or isinstance(student, Coupling):
+                whole = "a coupling flow, which changes a sample by those after it too"
             raise ValueError(
-                f'{here}.of = "{training.of}": of a density of one\'s own, log_prob alone is known: set '
+                f'{here}.of = "{training.of}": of {whole}, log_prob alone is known: set '
                 f'{here}.loss.kl_estimator = "mc", and log_scale, x_reconstruction and z_reconstruction to 0'
             )
         if not any(loss.weights.values()):

@@ -21,10 +21,10 @@ from wavedistill.training.task import Task
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-TRAIN, VALID, HEARD = 0, 1, 2
+TRAIN, VALID, HEARD, START = 0, 1, 2, 3
 """Purposes of random streams."""
-HEARD_SEGMENTS = 256
-"""Of the training split, for what a checkpoint says that its model was trained on."""
+HEARD_SEGMENTS, START_SEGMENTS = 256, 32
+"""Of the training split, for what a checkpoint says that its model was trained on, and for what starts from data."""
 
 Found = TypeVar("Found")
 
@@ -65,6 +65,11 @@ class Batches:
     def of_step(self, step: int) -> list[tuple[Batch, Streams]]:
         """The parts of a training step's batch."""
         return list(self._parts(self.train, TRAIN, step))
+
+    def at_start(self) -> tuple[Batch, Streams]:
+        """Segments for what starts from data: the same for any number of processes and any size of a batch."""
+        streams = self._streams(START, 0, range(START_SEGMENTS))
+        return self.train.draw(streams), streams
 
     @torch.no_grad()
     def validate(self, model: WaveformModel) -> dict[str, float]:

@@ -2,17 +2,18 @@
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from wavedistill.corpus.segments import Batch
+from wavedistill.corpus.segments import Batch, dequantise
 from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.recipe import Recipe
+from wavedistill.tools.engine import by_first
 from wavedistill.tools.random import Streams
 from wavedistill.training.task import Task, players
 
@@ -34,6 +35,23 @@ class Learner:
         groups = [{"params": player.parameters, "lr": player.schedule(0)} for player in self.players]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
         self._terms, self.optimizer = fabric.setup(_Terms(task, self.model), optimizer)
+
+    def start_from_data(self, find: Callable[[], tuple[Batch, Streams]]) -> None:
+        """Set what starts from data by a batch, but for a model that begins with trained weights.
+
+        The first process does it for all, whose rounding might differ.
+        """
+        if self.task.start or not self.model.starts_from_data:
+            return
+
+        def started() -> dict[str, Tensor]:
+            batch, streams = find()
+            self.model.start_from_data(dequantise(batch.with_margins, streams), batch.conditioning)
+            return {name: weight.cpu() for name, weight in self.model.state_dict().items()}
+
+        weights = by_first(self.fabric, started)
+        self.model.load_state_dict(weights)
+        self.average.load_state_dict(weights)
 
     def step(self, parts: Iterable[tuple[Batch, Streams]], step: int) -> tuple[dict[str, Tensor], float]:
         """Follow the gradient of a batch, unless it is not finite.

@@ -119,6 +119,7 @@ def fit(
     ):
         log = Log(logger, fabric)
         if state.best_step is None:
+            learner.start_from_data(batches.at_start)
             state.save(folder)  # first, so that a checkpoint is never without a state, whenever the process dies
             preview.recorded(log, state.step)
             validate(log)

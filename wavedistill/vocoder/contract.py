@@ -55,7 +55,7 @@ def contract(path: Path) -> Contract:
             "receptive_field": max(network.receptive_field for network in model.networks),
             "passes": recipe.consistency.passes,
             "in_parallel": model.draws_in_parallel,
-            "latency": vocoder.latency if model.draws_in_parallel else None,
+            "latency": vocoder.latency if model.streams else None,
         },
         "file": {
             "bytes": path.stat().st_size,
@@ -75,7 +75,9 @@ def in_words(figures: Contract) -> str:
         return f"{samples} samples, {1000 * samples / rate:.1f} ms"
 
     voice = "unknown" if wave["f0_low"] is None else f"{wave['f0_low']:.0f} to {wave['f0_high']:.0f} Hz"
-    streamed = f"{time(model['latency'])} behind its input" if model["in_parallel"] else "no: it draws sample by sample"
+    streamed = f"no: it draws {'all at once' if model['in_parallel'] else 'sample by sample'}"
+    if model["latency"] is not None:
+        streamed = f"{time(model['latency'])} behind its input"
     rows = {
         "log-mel": f"(n_mels, frames), natural logarithm of mel-filtered magnitudes (power {mel['power']})",
         "  sample rate": f"{rate} Hz",

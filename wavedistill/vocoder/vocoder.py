@@ -284,15 +284,15 @@ class Vocoder:
         bf16: bool,
     ) -> Iterator[Tensor]:
         """Blocks (1, n) of the waveform that the model draws from pieces of a log-mel with its margins."""
-        if self.model.draws_in_parallel:
-            told = (Conditioning(piece.to(self.device), 0) for piece in mel)
-            blocks = stream(self.model, told, noise, compiled=fused, consistency=self.consistency)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                yield from blocks
-        else:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            if self.model.streams:
+                told = (Conditioning(piece.to(self.device), 0) for piece in mel)
+                yield from stream(self.model, told, noise, compiled=fused, consistency=self.consistency)
+                return
             whole = Conditioning(torch.cat(list(mel), -1).to(self.device), self.model.margin)
+            bar = None if self.model.draws_in_parallel else label
             with torch.inference_mode():
-                drawn = sample(self.model(whole), noise(whole.frames * self.recipe.audio.hop_length), label=label)
+                drawn = sample(self.model(whole), noise(whole.frames * self.recipe.audio.hop_length), label=bar)
                 yield self.consistency(drawn, whole.within(0).mel)
 
     def _sound(self, block: Tensor, gain: float, source: str) -> Tensor:

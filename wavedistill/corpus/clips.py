@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from wavedistill.corpus import recordings
+from wavedistill.corpus import given, recordings
 from wavedistill.corpus.sources import Source
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.speech import audio
@@ -48,10 +49,22 @@ class Result(NamedTuple):
     fault: str | None
 
 
-def files_of(folder: Path, name: str, recipe: Recipe) -> tuple[Path, Path]:
-    """The files that a clip's audio and its F0 are written to."""
+class Files(NamedTuple):
+    """What a clip is written to: its audio, its F0, and the log-mel that was given for it, if one was."""
+
+    audio: Path
+    f0: Path
+    mel: Path
+
+    def there(self) -> dict[str, Path]:
+        """Those that were written, by what is in them."""
+        return {what: path for what, path in self._asdict().items() if path.is_file()}
+
+
+def files_of(folder: Path, name: str, recipe: Recipe) -> Files:
+    """The files of a clip."""
     suffix = "wav" if recipe.prepare.storage == "wav" else "flac"
-    return folder / f"{name}.{suffix}", folder / f"{name}.f0.npy"
+    return Files(*(folder / f"{name}.{ending}" for ending in (suffix, "f0.npy", "mel.npy")))
 
 
 def prepared(sources: list[Source], recipe: Recipe, folder: Path) -> Iterator[Result]:
@@ -110,7 +123,12 @@ def _clips(source: Source, recipe: Recipe, folder: Path) -> list[Clip]:
     samples = source.read(recipe.audio.sample_rate)
     if not samples.any():
         raise AudioError(f"{source.origin}: is silent from end to end; remove it or record it again")
-    pieces, gain = recordings.speech(samples, recipe)
+    mel, hop = source.mel and source.mel(samples, recipe.audio), recipe.audio.hop_length
+    if mel is None:
+        pieces, gain = recordings.speech(samples, recipe)
+    else:  # cut at whole hops, so that its frames stay those of the same samples
+        samples = samples[: mel.shape[1] * hop]
+        pieces, gain = recordings.speech(samples, recipe, grain=hop)
     gain_db, most = 20 * math.log10(gain), recipe.prepare.max_gain_db
     if gain_db > most:
         raise AudioError(
@@ -119,19 +137,27 @@ def _clips(source: Source, recipe: Recipe, folder: Path) -> list[Clip]:
         )
     clips = []
     for number, piece in enumerate(pieces):
-        if len(piece) < recipe.prepare.min_seconds * recipe.audio.sample_rate:
+        if piece.stop - piece.start < recipe.prepare.min_seconds * recipe.audio.sample_rate:
             continue
-        whole = audio.pad_to_hops(piece * gain, recipe.audio.hop_length)
+        whole = audio.pad_to_hops(samples[piece] * gain, hop)
+        frames = len(whole) // hop
         name = source.name if len(pieces) == 1 else f"{source.name}_{number:03d}"
-        samples_path, f0_path = files_of(folder, name, recipe)
-        audio.write(samples_path, whole, recipe.audio.sample_rate)
-        with replacing(f0_path) as file:
-            np.save(file, track_f0(whole, recipe.audio).numpy())
-        clips.append(Clip(name, source.origin, len(whole) // recipe.audio.hop_length, gain, sha256(samples_path)))
+        files = files_of(folder, name, recipe)
+        audio.write(files.audio, whole, recipe.audio.sample_rate)
+        _save(files.f0, track_f0(whole, recipe.audio))
+        if mel is not None:
+            first = piece.start // hop
+            _save(files.mel, given.louder(mel[:, first : first + frames], gain))
+        clips.append(Clip(name, source.origin, frames, gain, sha256(files.audio)))
     if not clips:
-        longest = max(map(len, pieces)) / recipe.audio.sample_rate
+        longest = max(piece.stop - piece.start for piece in pieces) / recipe.audio.sample_rate
         raise AudioError(
             f"{source.origin}: is too short: {longest:.2f} s without its silence, less than prepare.min_seconds = "
             f"{recipe.prepare.min_seconds}"
         )
     return clips
+
+
+def _save(path: Path, values: Tensor) -> None:
+    with replacing(path) as file:
+        np.save(file, values.numpy())

@@ -262,30 +262,42 @@ def loudness(samples: Tensor) -> np.ndarray:
     return np.sqrt(np.lib.stride_tricks.sliding_window_view(energy, 4).sum(-1)[: whole + 1] / (4 * HOP))
 
 
-def utterances(samples: Tensor, recipe: Recipe) -> Iterator[Tensor]:
-    """Cut a recording (T,) at quiet places into pieces of at most `max_seconds`, each without silence at its ends.
+def _pieces(samples: Tensor, recipe: Recipe, grain: int) -> Iterator[slice]:
+    """Where to cut a recording (T,) into pieces of at most `max_seconds`, each without silence at its ends.
 
     What counts as silence is the same for all pieces, so that a long pause leaves an empty one, not amplified noise.
     """
     quiet = float(loudness(samples).max()) * 10 ** (-recipe.prepare.trim_db / 20)
 
-    def trim(piece: Tensor) -> Tensor:
-        loud = np.flatnonzero(loudness(piece) >= quiet)
-        return piece[loud[0] * HOP : (loud[-1] + 1) * HOP] if len(loud) else piece[:0]
+    def trim(first: int, last: int) -> slice:
+        loud = np.flatnonzero(loudness(samples[first:last]) >= quiet)
+        if not len(loud):
+            return slice(first, first)
+        start, end = first + int(loud[0]) * HOP, first + (int(loud[-1]) + 1) * HOP
+        return slice(start // grain * grain, min(-(-end // grain) * grain, last))
 
-    rest = trim(samples)
+    whole = trim(0, len(samples))
+    first, last = whole.start, whole.stop
     longest = int(recipe.prepare.max_seconds * recipe.audio.sample_rate)
-    while len(rest) > longest:
-        cut = _quietest(rest[longest // 2 : longest], recipe.audio.sample_rate) + longest // 2
-        yield trim(rest[:cut])
-        rest = rest[cut:]
-    yield trim(rest)
+    while last - first > longest:
+        middle, latest = first + longest // 2, first + longest
+        quietest = middle + _quietest(samples[middle:latest], recipe.audio.sample_rate)
+        cut = min(-(-quietest // grain) * grain, last)
+        yield trim(first, cut)
+        first = cut
+    yield trim(first, last)
 
 
-def speech(samples: Tensor, recipe: Recipe) -> tuple[list[Tensor], float]:
-    """The pieces of speech in a recording (T,), and the gain that brings them to the level of a training."""
-    pieces = list(utterances(samples, recipe))
-    return pieces, level_gain(torch.cat(pieces), recipe.audio.level_db)
+def speech(samples: Tensor, recipe: Recipe, grain: int = 1) -> tuple[list[slice], float]:
+    """The pieces of speech in a recording (T,), and the gain that brings them to the level of a training.
+
+    Args:
+        samples: of the recording.
+        recipe: of the training.
+        grain: of how many samples the pieces begin and end at a multiple, but for the end of the recording.
+    """
+    pieces = list(_pieces(samples, recipe, grain))
+    return pieces, level_gain(torch.cat([samples[piece] for piece in pieces]), recipe.audio.level_db)
 
 
 def _quietest(samples: Tensor, rate: int) -> int:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavedistill.corpus.utterances import Manifest, Split, Utterance, read_f0, read_samples
-from wavedistill.speech.audio import PCM16_STEPS, LogMel
+from wavedistill.corpus.utterances import Manifest, Split, Utterance, read_f0, read_mel, read_samples
+from wavedistill.speech.audio import PCM16_STEPS, LogMel, pad_frames
 from wavedistill.speech.conditioning import Conditioning
 from wavedistill.tools.errors import CorpusError
 from wavedistill.tools.random import Streams, each
@@ -21,7 +21,8 @@ class Batch(NamedTuple):
     Attributes:
         audio: (B, F * hop) the segments.
         with_margins: (B, (F + 2 margin) * hop) the segments with the audio around them, silent outside the file.
-        conditioning: the log-mel of `with_margins`, as it is in the whole file, and its F0 as it was tracked.
+        conditioning: the log-mel of `with_margins`, as it is in the whole file, or the one that was given, and the F0
+            that was tracked in the recording.
     """
 
     audio: Tensor
@@ -30,7 +31,7 @@ class Batch(NamedTuple):
 
 
 class Segments:
-    """Hop-aligned segments of one split, and their log-mels, computed on the fly.
+    """Hop-aligned segments of one split, and their log-mels: given ones, or those of the audio, computed on the fly.
 
     Args:
         manifest: the prepared corpus.
@@ -76,25 +77,27 @@ class Segments:
         """The segments that start at given frames of given utterances."""
         margin = self.margin * self.hop_length
         around, length = margin + self.overlap, self.frames * self.hop_length
-        surroundings, inside, f0 = [], [], []
+        surroundings, inside, f0, given = [], [], [], {}
         for utterance, first in places:
             start = first * self.hop_length - around
             surroundings.append(read_samples(self.folder, utterance, start, length + 2 * around))
             frames = torch.arange(first - self.margin, first + self.frames + self.margin)
             inside.append((frames >= 0) & (frames < utterance.frames))
             f0.append(read_f0(self.folder, utterance)[frames.clamp(0, utterance.frames - 1)] * inside[-1])
+            if utterance.mel:
+                mel = pad_frames(read_mel(self.folder, utterance, self.log_mel), self.margin)
+                given[len(f0) - 1] = mel[:, first : first + len(frames)]
         wide = torch.stack(surroundings)
         if torch.device(self.device).type == "cuda":  # from pinned memory, a copy does not wait
             wide = wide.pin_memory()
         wide = wide.to(self.device, non_blocking=True)
+        mel = self.log_mel.of_segment(wide, torch.stack(inside).to(self.device))
+        for item, own in given.items():
+            mel[item] = own
         return Batch(
             audio=wide[:, around : around + length],
             with_margins=wide[:, self.overlap : self.overlap + length + 2 * margin],
-            conditioning=Conditioning(
-                self.log_mel.of_segment(wide, torch.stack(inside).to(self.device)),
-                self.margin,
-                torch.stack(f0).to(self.device),
-            ),
+            conditioning=Conditioning(mel, self.margin, torch.stack(f0).to(self.device)),
         )
 
 

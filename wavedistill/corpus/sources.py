@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from wavedistill.corpus import recordings
+from wavedistill.corpus import given, recordings
 from wavedistill.recipe.sections import (
+    Audio,
     Corpus,
     DebianCorpus,
     FolderCorpus,
@@ -42,12 +43,15 @@ class Source(NamedTuple):
         origin: what a person would call it, for messages and the manifest.
         read: gives its mono audio (T,) at a sample rate in Hz, or raises `AudioError`.
         path: the file it is in, if it is in one.
+        mel: gives the log-mel (n_mels, F) that lies beside it, of its audio (T,) in units, or raises `AudioError`; None
+            where models are told the recording's own.
     """
 
     name: str
     origin: str
     read: Callable[[int], Tensor]
     path: Path | None = None
+    mel: Callable[[Tensor, Audio], Tensor] | None = None
 
 
 def sources(corpus: Corpus) -> list[Source]:
@@ -73,12 +77,12 @@ def state(corpus: Corpus) -> list[str]:
         return _sentences(corpus)
     if isinstance(corpus, DebianCorpus):
         return [corpus.sha256]
-    return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in _files(corpus)]
+    return [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in _inputs(corpus)]
 
 
 def unreadable(corpus: Corpus) -> list[str]:
     """The files of a folder that may not be read just now: one of them, once it may, makes a corpus another."""
-    return [str(p) for each in _folders(corpus) for p in _files(each) if not os.access(p, os.R_OK)]
+    return [str(p) for each in _folders(corpus) for p in _inputs(each) if not os.access(p, os.R_OK)]
 
 
 def unused(corpus: Corpus) -> list[str]:
@@ -100,6 +104,7 @@ def _part(number: int, part: Part) -> list[Source]:
             f"{number}: {source.origin}",
             partial(_faster, source.read, speed),
             source.path,
+            source.mel,
         )
         for source in sources(part.corpus)
         for speed in part.speeds
@@ -160,6 +165,7 @@ def _folder(corpus: FolderCorpus) -> list[Source]:
             shown(path.relative_to(root)),
             partial(recordings.read, path, most_clipped=MOST_CLIPPED),
             path,
+            partial(given.read, _own(corpus.mels), path.relative_to(root)) if corpus.mels else None,
         )
         for index, path in enumerate(_files(corpus), 1)
     ]
@@ -224,21 +230,28 @@ def _files(corpus: FolderCorpus) -> list[Path]:
     return _found(corpus).files
 
 
+def _inputs(corpus: FolderCorpus) -> list[Path]:
+    """The recordings below a corpus's folder, and the log-mels that are given for them."""
+    files, root = _files(corpus), _own(corpus.path)
+    beside = [given.find(_own(corpus.mels), path.relative_to(root)) for path in files] if corpus.mels else []
+    return [*files, *(path for path in beside if path)]
+
+
 def _found(corpus: FolderCorpus) -> Found:
     """The recordings below a corpus's folder.
 
     Raises:
         CorpusError: if there are none.
     """
-    root, given = _own(corpus.path), f"corpus.path = {corpus.path!r}"
+    root, where = _own(corpus.path), f"corpus.path = {corpus.path!r}"
     if not root.is_dir():
         problem = "is a file, not a folder" if root.exists() else f"does not exist (looked at {shown(root.absolute())})"
-        raise CorpusError(f"{given}: {problem}; give the folder that holds your recordings")
+        raise CorpusError(f"{where}: {problem}; give the folder that holds your recordings")
     found = below(root, recordings.READABLE)
     if not found.files:
         kinds = ", ".join(sorted(recordings.READABLE))
         others = f"; not used: {'; '.join(found.unused)}" if found.unused else ""
-        raise CorpusError(f"{given}: holds no audio file ({kinds}), nor do its subfolders{others}")
+        raise CorpusError(f"{where}: holds no audio file ({kinds}), nor do its subfolders{others}")
     return found
 
 

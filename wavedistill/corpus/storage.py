@@ -12,7 +12,7 @@ SHARD_BYTES = 2**28
 """Of an archive of prepared clips, about: large enough for an object store, small enough to be one of many."""
 
 
-def pack(clips: Mapping[Split, list[tuple[Path, Path]]], folder: Path) -> dict[Path, Part]:
+def pack(clips: Mapping[Split, list[list[Path]]], folder: Path) -> dict[Path, Part]:
     """Pack the files of each split's clips into tar archives; returns where each file is.
 
     As webdataset reads them: what belongs to one clip lies together, and has one name up to the first dot.
@@ -20,8 +20,8 @@ def pack(clips: Mapping[Split, list[tuple[Path, Path]]], folder: Path) -> dict[P
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     found = {}
-    for split, pairs in clips.items():
-        for number, shard in enumerate(_shards(pairs)):
+    for split, files in clips.items():
+        for number, shard in enumerate(_shards(files)):
             archive = folder / f"{split}-{number:05d}.tar"
             with replacing(archive) as file, tarfile.open(fileobj=file, mode="w") as tar:
                 for path in shard:
@@ -35,13 +35,13 @@ def pack(clips: Mapping[Split, list[tuple[Path, Path]]], folder: Path) -> dict[P
     return found
 
 
-def _shards(pairs: list[tuple[Path, Path]]) -> Iterator[list[Path]]:
-    """Files in groups of about `SHARD_BYTES`, no pair divided."""
+def _shards(clips: list[list[Path]]) -> Iterator[list[Path]]:
+    """Files in groups of about `SHARD_BYTES`, those of no clip divided."""
     shard: list[Path] = []
     size = 0
-    for pair in pairs:
-        shard += pair
-        size += sum(path.stat().st_size for path in pair)
+    for clip in clips:
+        shard += clip
+        size += sum(path.stat().st_size for path in clip)
         if size >= SHARD_BYTES:
             yield shard
             shard, size = [], 0

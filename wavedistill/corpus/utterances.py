@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from wavedistill.recipe.sections import Audio
+from wavedistill.speech.audio import LogMel
 from wavedistill.tools.errors import CorpusError
 from wavedistill.tools.files import Stretch
 
@@ -32,6 +33,7 @@ class Utterance(BaseModel):
         name: of the clip.
         audio: where its samples are, as a wav or FLAC file.
         f0: where its F0 is, as a NumPy file.
+        mel: where the log-mel is that was given for it, as a NumPy file; None where it is that of its samples.
         source: the file of the corpus it comes from.
         split: the part of the corpus it belongs to.
         frames: its length in hops.
@@ -44,6 +46,7 @@ class Utterance(BaseModel):
     name: str
     audio: Part
     f0: Part
+    mel: Part | None = None
     source: str
     split: Split
     frames: int
@@ -75,6 +78,11 @@ class Manifest(BaseModel):
         """The utterances of one split."""
         return [utterance for utterance in self.utterances if utterance.split == split]
 
+    def files(self) -> set[str]:
+        """What the utterances' parts are in."""
+        parts = (part for utterance in self.utterances for part in (utterance.audio, utterance.f0, utterance.mel))
+        return {part.file for part in parts if part}
+
     def seconds(self, split: Split) -> float:
         """Total duration of one split."""
         return sum(u.frames for u in self.of(split)) * self.audio.hop_length / self.audio.sample_rate
@@ -104,14 +112,29 @@ def read_f0(folder: Path, utterance: Utterance) -> Tensor:
     Raises:
         CorpusError: if it cannot be read, or is not that of its audio.
     """
+    return _array(folder, utterance.f0, (utterance.frames,))
+
+
+def read_mel(folder: Path, utterance: Utterance, log_mel: LogMel) -> Tensor:
+    """Log-mel (n_mels, frames) that models are told of an utterance: the one that was given, or else that of its audio.
+
+    Raises:
+        CorpusError: if it cannot be read, or is not that of its audio.
+    """
+    if utterance.mel is None:
+        return log_mel.of_file(read_samples(folder, utterance)[None])[0]
+    return _array(folder, utterance.mel, (log_mel.filters.shape[1], utterance.frames))
+
+
+def _array(folder: Path, part: Part, shape: tuple[int, ...]) -> Tensor:
     try:
-        with _open(folder, utterance.f0) as stretch:
-            f0 = np.load(io.BytesIO(stretch.read()), allow_pickle=False)
+        with _open(folder, part) as stretch:
+            array = np.load(io.BytesIO(stretch.read()), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(folder, utterance.f0, "cannot be read") from error
-    if f0.shape != (utterance.frames,) or not np.isfinite(f0).all():
-        raise _unreadable(folder, utterance.f0, "is not that of its audio")
-    return torch.from_numpy(f0.astype(np.float32))
+        raise _unreadable(folder, part, "cannot be read") from error
+    if array.shape != shape or not np.isfinite(array).all():
+        raise _unreadable(folder, part, "is not that of its audio")
+    return torch.from_numpy(array.astype(np.float32))
 
 
 def _open(folder: Path, part: Part) -> Stretch:

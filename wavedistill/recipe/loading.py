@@ -17,7 +17,7 @@ from wavedistill.recipe.sections import BACKSLASHES, DebianCorpus, FolderCorpus,
 from wavedistill.recipe.trainings import Distillation, Likelihood
 from wavedistill.tools.errors import RecipeError
 
-PATHS = {"corpus": ("text", "path"), "training": ("start",)}
+PATHS = {"corpus": ("text", "path", "mels"), "training": ("start",)}
 """Keys of a corpus, and of each training, that are paths: relative ones are so to the recipe's file."""
 KINDS = ("kind", "objective")
 """Keys that say what else a table holds."""

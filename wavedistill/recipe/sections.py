@@ -83,6 +83,9 @@ class FolderCorpus(Section):
     kind: Literal["folder"]
     licence: Licence = None
     path: FilePath
+    mels: FilePath | None = None
+    """A folder with a log-mel for every recording, of the same name: what models are told in place of the recording's
+    own, such as the output of an acoustic model."""
     limit: PositiveInt | None = None
     """Use only the first so many files, in the order of their paths."""
 
@@ -96,6 +99,12 @@ class Part(Section):
     corpus: OneCorpus
     speeds: Annotated[tuple[Annotated[float, Field(ge=0.5, le=2)], ...], Field(strict=False, min_length=1)] = (1,)
     """Factors by which each recording is played faster; pitch and formants move with it, as if others had spoken."""
+
+    @model_validator(mode="after")
+    def _given_as_spoken(self) -> "Part":
+        if isinstance(self.corpus, FolderCorpus) and self.corpus.mels and self.speeds != (1,):
+            raise ValueError("speeds must be [1] where corpus.mels gives log-mels, which cannot be played faster")
+        return self
 
 
 class SeveralCorpora(Section):

@@ -63,10 +63,12 @@ class Finding(NamedTuple):
     Attributes:
         said: in words, with what to do.
         other: whether its numbers mean something else: what would be drawn from it is noise.
+        kind: what it looks like, without what to do; empty where that is nothing known.
     """
 
     said: str
     other: bool
+    kind: str = ""
 
 
 def examine(mel: Tensor, heard: Heard, units: Audio, given: MelFormat = USUAL) -> Finding | None:
@@ -84,14 +86,16 @@ def examine(mel: Tensor, heard: Heard, units: Audio, given: MelFormat = USUAL) -
         return Finding(said, False) if said else None
     if found and mel.mean(1).abs().mean() < 0.3 and (mel.std(1) - 1).abs().mean() < 0.3:
         return Finding(
-            "looks like a log-mel normalised to mean 0 and deviation 1: give --mel-stats with its mean and scale", True
+            "looks like a log-mel normalised to mean 0 and deviation 1: give --mel-stats with its mean and scale",
+            True,
+            "a log-mel normalised to mean 0 and deviation 1",
         )
     kinds = _kinds(units)
     fits = {kind: likeness(natural_of(restored), heard) for kind, (_, natural_of) in kinds.items()}
     usual = {kind: fit.distance for kind, fit in fits.items() if fit and fit.usual}
     if usual:
         kind = min(usual, key=lambda name: usual[name])
-        return Finding(f"looks like {kind}: {kinds[kind][0]}", True)
+        return Finding(f"looks like {kind}: {kinds[kind][0]}", True, kind)
     return found and Finding(
         f"unlike the log-mels of the training: {found.offset:+.1f} nats in level, {found.shape:.1f} in shape, "
         f"{math.exp(found.spread):.2f} times as lively; was it made with what `wavedistill info` shows?",

@@ -60,25 +60,28 @@ def run(experiment: Experiment) -> str:
         )
 
     split = splits(clips, recipe)
-    files = {clip.name: files_of(fresh, clip.name, recipe) for clip in clips}
+    files = {clip.name: files_of(fresh, clip.name, recipe).there() for clip in clips}
     finished = fresh
     if recipe.prepare.storage == "shards":
         finished = fresh / "shards"
-        by_split = {part: [files[name] for name in split if split[name] == part] for part in get_args(Split)}
+        by_split = {
+            part: [[*files[name].values()] for name in split if split[name] == part] for part in get_args(Split)
+        }
         parts = pack(by_split, finished)
     else:
-        parts = {path: Part(path.name, 0, path.stat().st_size) for pair in files.values() for path in pair}
+        parts = {path: Part(path.name, 0, path.stat().st_size) for each in files.values() for path in each.values()}
     utterances = [
-        Utterance(**clip._asdict(), split=split[clip.name], audio=parts[samples], f0=parts[f0])
+        Utterance(
+            **clip._asdict() | {what: parts[path] for what, path in files[clip.name].items()}, split=split[clip.name]
+        )
         for clip in clips
-        for samples, f0 in [files[clip.name]]
     ]
     manifest = Manifest(audio=recipe.audio, utterances=utterances)
     shutil.rmtree(records)
     shutil.rmtree(experiment.audio, ignore_errors=True)
     finished.rename(experiment.audio)
     shutil.rmtree(fresh, ignore_errors=True)
-    write_json(experiment.manifest, manifest.model_dump(mode="json"))
+    write_json(experiment.manifest, manifest.model_dump(mode="json", exclude_none=True))
     minutes = ", ".join(f"{manifest.seconds(part) / 60:.1f} min {part}" for part in ("train", "valid", "test"))
     left_out = f"; {len(faults)} of {len(sources)} recordings left out: {report}" if faults else ""
     return f"{len(clips)} utterances ({minutes}{left_out}): {experiment.manifest}"
@@ -118,12 +121,9 @@ def _settings(experiment: Experiment) -> list[Any]:
 
 def _outputs(experiment: Experiment) -> list[Path]:
     try:
-        utterances = Manifest.read(experiment.manifest).utterances
+        return sorted(experiment.audio / file for file in Manifest.read(experiment.manifest).files())
     except CorpusError:  # damaged, or not there: made again
         return [experiment.root / "no manifest"]
-    return sorted(
-        {experiment.audio / part.file for utterance in utterances for part in (utterance.audio, utterance.f0)}
-    )
 
 
 def stage() -> Stage:

@@ -72,8 +72,11 @@ def _clips(folder: Path, recipe: Recipe) -> list[Tensor]:
     limit = int(recipe.evaluate.max_seconds * recipe.audio.sample_rate)
     clips = []
     for source in sources(FolderCorpus(kind="folder", path=str(folder), limit=recipe.evaluate.clips)):
-        pieces, gain = recordings.speech(source.read(recipe.audio.sample_rate), recipe)
-        clip = (torch.cat(pieces) * gain)[: limit // recipe.audio.hop_length * recipe.audio.hop_length]
+        samples = source.read(recipe.audio.sample_rate)
+        pieces, gain = recordings.speech(samples, recipe)
+        clip = (torch.cat([samples[piece] for piece in pieces]) * gain)[
+            : limit // recipe.audio.hop_length * recipe.audio.hop_length
+        ]
         if len(clip) < recipe.audio.sample_rate:
             raise AudioError(f"{shown(folder)}: {source.origin}: holds less than a second of speech: remove it")
         clips.append(audio.pad_to_hops(clip, recipe.audio.hop_length))

@@ -210,7 +210,7 @@ class Vocoder:
         else:
             samples = audio.pad_to_hops(recordings.read(path, units.sample_rate), units.hop_length)
             pieces, gain = recordings.speech(samples, self.recipe)
-            speech = audio.pad_to_hops(torch.cat(pieces[:TRACKED]), units.hop_length)
+            speech = audio.pad_to_hops(torch.cat([samples[piece] for piece in pieces[:TRACKED]]), units.hop_length)
             pitch, frames = examine_f0(speech, units, self.heard), len(samples) // units.hop_length
             said = [pitch] if pitch else []
             blocks = samples.mul_(gain)[None].split(audio.BLOCK_FRAMES * units.hop_length, 1)

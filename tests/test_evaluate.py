@@ -8,8 +8,8 @@ import torch
 from tests.conftest import one_draw, told
 from tests.test_audio import corpus
 from wavedistill.corpus.segments import dequantise
-from wavedistill.corpus.utterances import read_samples
 from wavedistill.evaluation.densities import DEQUANTISE, DRAW, densities, log_likelihoods
+from wavedistill.evaluation.excerpts import excerpts
 from wavedistill.experiment.folder import Experiment
 from wavedistill.models.kinds import build
 from wavedistill.recipe.recipe import Recipe
@@ -26,11 +26,11 @@ def test_a_likelihood_is_that_of_every_sample_dequantised(tmp_path: Path, tiny: 
     generator = torch.Generator().manual_seed(0)
     for network in (*teacher.networks, *student.networks):
         network.head.weight.copy_(0.3 * torch.randn(network.head.weight.shape, generator=generator))
-    waves = [read_samples(experiment.audio, clip) for clip in clips]
-    measured = densities(tiny, {"teacher": teacher, "student": student}, {}, waves, experiment.device)
+    told_of = excerpts(experiment.audio, clips, tiny.audio)
+    measured = densities(tiny, {"teacher": teacher, "student": student}, {}, told_of, experiment.device)
     found = measured["models"]["teacher"]
 
-    waves = [wave[None] for wave in waves]
+    waves = [audio[None] for audio, _ in told_of]
     mels = [told(tiny, LogMel(tiny.audio).of_file(wave, teacher.margin)) for wave in waves]
     noisy = [dequantise(wave, [random_stream(tiny.seed, DEQUANTISE, i)]) for i, wave in enumerate(waves)]
     assert all(not torch.equal(a, b) for a, b in zip(waves, noisy, strict=True))
@@ -42,9 +42,9 @@ def test_a_likelihood_is_that_of_every_sample_dequantised(tmp_path: Path, tiny: 
     assert abs(own[0] - own[1]) > 1e-3, "so that the weights matter"
     assert found["nll"] == pytest.approx(mean(own), abs=1e-7)
     clips = [wave[0] for wave in waves]
-    likely = log_likelihoods(tiny, teacher, clips, clips)
+    likely = log_likelihoods(tiny, teacher, told_of, clips)
     assert likely == pytest.approx([-float(value) for value in own], abs=1e-6), "the recordings' own"
-    louder = log_likelihoods(tiny, teacher, clips, [1.5 * clip for clip in clips])
+    louder = log_likelihoods(tiny, teacher, told_of, [1.5 * clip for clip in clips])
     assert all(a != b for a, b in zip(likely, louder, strict=True))
     first, second = (each.mel for each in mels)
     others = [second[..., : first.shape[-1]], first.repeat(1, 1, 4)[..., : second.shape[-1]]]

@@ -18,8 +18,8 @@ from tests.conftest import HEARD, REPOSITORY, margin, noise, one_draw, randomise
 from tests.test_audio import corpus
 from tests.test_losses import density_parameters
 from wavedistill.corpus.segments import Batch, Segments
-from wavedistill.corpus.utterances import read_samples
 from wavedistill.evaluation.densities import DRAW, densities
+from wavedistill.evaluation.excerpts import excerpts
 from wavedistill.experiment.folder import Experiment
 from wavedistill.models.checkpoint import load_model, save_model
 from wavedistill.models.kinds import build
@@ -226,10 +226,10 @@ def test_a_model_of_this_package_is_a_density_like_any_other(
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
     assert found > 0.1
 
-    clips = [read_samples(experiment.audio, utterance) for utterance in manifest.utterances]
+    clips = excerpts(experiment.audio, manifest.utterances, recipe.audio)
     teachers = {"student": experiment.teacher("student")}
     density = densities(recipe, {"student": student}, teachers, clips, experiment.device)["models"]["student"]
-    clip = clips[0]
+    clip = clips[0].audio
     mel = told(recipe, LogMel(recipe.audio).of_file(clip[None], student.margin))
     draws = student.base.noise((recipe.evaluate.kl_draws, len(clip)), random_stream(recipe.seed, DRAW, 0))
     expected = sum(one_draw(student(mel), teacher(mel), z[None])[0].item() for z in draws) / len(draws)

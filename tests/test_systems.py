@@ -18,6 +18,7 @@ from tests.test_metrics import RATE, buzz, hiss
 from wavedistill.cli.arguments import also_of
 from wavedistill.corpus.utterances import Manifest
 from wavedistill.evaluation import metrics, others
+from wavedistill.evaluation.excerpts import Excerpt
 from wavedistill.evaluation.systems import SHARES, SourceFilter, consistent
 from wavedistill.evaluation.verdict import Scores, gates
 from wavedistill.experiment.folder import AS_DRAWN, Experiment
@@ -41,7 +42,11 @@ def without_f0(tiny: Recipe) -> Recipe:
 
 
 def baseline(recipe: Recipe, clips: Sequence[Tensor]) -> SourceFilter:
-    return SourceFilter(recipe, {"student": build(recipe, "student", 0)}, clips)
+    return SourceFilter(recipe, {"student": build(recipe, "student", 0)}, told(clips, recipe))
+
+
+def told(clips: Sequence[Tensor], recipe: Recipe) -> list[Excerpt]:
+    return [Excerpt.of(clip, recipe.audio) for clip in clips]
 
 
 def test_pulses_and_noise_have_the_f0_and_the_level_of_the_recording(without_f0: Recipe) -> None:
@@ -51,11 +56,11 @@ def test_pulses_and_noise_have_the_f0_and_the_level_of_the_recording(without_f0:
     assert made.about["f0"] == "tracked in the recording"
     scorer = metrics.Scorer(voice, without_f0.audio)
     for share, voiced in ((0.9, True), (0.0, False)):
-        (drawn,) = made([voice], share)
+        (drawn,) = made(told([voice], without_f0), share)
         assert abs(rms_db(drawn) - rms_db(voice)) < 3
         scores = scorer(drawn)
         if voiced:
-            (after,) = consistent(without_f0, [drawn], [voice])
+            (after,) = consistent(without_f0, [drawn], told([voice], without_f0))
             assert abs(rms_db(after) - rms_db(voice)) < 1
             assert scores["f0_rmse_cents"] is not None
             assert scores["f0_rmse_cents"] < 20
@@ -71,9 +76,9 @@ def test_f0_is_that_which_the_parallel_model_reads_in_the_log_mel(tiny: Recipe) 
         assert pitch is not None
         pitch.forward = lambda mel, hertz=hertz: torch.full((len(mel), mel.shape[-1] - 8), hertz)
     voice = buzz(1.0, 130)
-    made = SourceFilter(tiny, models, [voice])
+    made = SourceFilter(tiny, models, told([voice], tiny))
     assert made.about["f0"] == "predicted from the log-mel"
-    scores = metrics.Scorer(buzz(1.0, 180), tiny.audio)(made([voice], 0.95)[0])
+    scores = metrics.Scorer(buzz(1.0, 180), tiny.audio)(made(told([voice], tiny), 0.95)[0])
     assert scores["f0_rmse_cents"] is not None
     assert scores["f0_rmse_cents"] < 20
 
@@ -123,7 +128,7 @@ def test_gates_hear_a_buzz_and_a_whisper_and_let_a_voice_pass(without_f0: Recipe
     recorded = [scorer(clip) for scorer, clip in zip(scorers, clips, strict=True)]
     failed = {}
     for share in (0.95, 0.8, 0.0):
-        waves = consistent(recipe, made(clips, share), clips)
+        waves = consistent(recipe, made(told(clips, recipe), share), told(clips, recipe))
         scores = [scorer(wave) for scorer, wave in zip(scorers, waves, strict=True)]
         found = gates(scores, recorded, {}, Gates(better_scores=0))
         failed[share] = {name for name, gate in found.items() if not gate["passed"]}
@@ -134,11 +139,12 @@ def test_gates_hear_a_buzz_and_a_whisper_and_let_a_voice_pass(without_f0: Recipe
 
 def test_a_recording_and_a_draw_without_passes_stay_as_they_are(tiny: Recipe) -> None:
     voice, drawn = buzz(0.5), hiss(0.5)
-    (kept,) = consistent(tiny, [voice], [voice])
+    given = told([voice], tiny)
+    (kept,) = consistent(tiny, [voice], given)
     torch.testing.assert_close(kept, voice, rtol=0, atol=1e-5)
-    (same,) = consistent(changed(tiny, "consistency", passes=0), [drawn], [voice])
+    (same,) = consistent(changed(tiny, "consistency", passes=0), [drawn], given)
     assert torch.equal(same, drawn)
-    (other,) = consistent(tiny, [drawn], [voice])
+    (other,) = consistent(tiny, [drawn], given)
     assert not torch.equal(other, drawn)
 
 

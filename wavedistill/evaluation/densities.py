@@ -10,14 +10,14 @@ from torch import Tensor
 
 from wavedistill.corpus.segments import dequantise
 from wavedistill.evaluation import metrics
+from wavedistill.evaluation.excerpts import Excerpt
 from wavedistill.flows.bases import StandardNormal
 from wavedistill.flows.distributions import FlowDistribution
 from wavedistill.flows.transforms import Bound, Scale
 from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.recipe import Recipe
-from wavedistill.recipe.sections import Audio
-from wavedistill.speech.audio import PCM16_STEPS, LogMel, to_pcm16
+from wavedistill.speech.audio import PCM16_STEPS, pad_frames, to_pcm16
 from wavedistill.speech.conditioning import Conditioning
 from wavedistill.speech.pitch import PITCH_CONTEXT, PitchPredictor
 from wavedistill.tools.progress import progress
@@ -34,7 +34,7 @@ def densities(
     recipe: Recipe,
     models: Mapping[str, WaveformModel],
     teachers: Mapping[str, WaveformModel | Teacher | None],
-    clips: Sequence[Tensor],
+    clips: Sequence[Excerpt],
     device: torch.device,
 ) -> dict[str, Any]:
     """Likelihood and KL on the test split, of the trained models and of the same models before training.
@@ -52,7 +52,7 @@ def densities(
         recipe: of the experiment.
         models: the trained ones by name, on the device.
         teachers: those of the user's own, by the name of the model that was distilled from them.
-        clips: the test split, each (T,).
+        clips: the test split.
         device: where to compute.
     """
     untrained = {name: build(recipe, name, recipe.seed).to(device) for name in models}
@@ -60,14 +60,13 @@ def densities(
     level = Scale(10 ** (recipe.audio.level_db / 20)).to(device)
     level_gaussian = FlowDistribution(StandardNormal(), [Bound(level)])
     margin = max(model.margin for model in models.values())
-    log_mel = LogMel(recipe.audio).to(device)
-    told = [Conditioning(log_mel.of_file(clip[None].to(device), margin), margin) for clip in clips]
+    told = [Conditioning(pad_frames(clip.mel[None].to(device), margin), margin) for clip in clips]
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
 
     def note_nll(name: str, key: str, density: Density, noisy: Tensor) -> None:
         values[name, key].append(negative_log_likelihood(density, noisy).item())
 
-    for i, clip in enumerate(progress(iterable=clips, desc="densities", unit="clip")):
+    for i, (clip, _) in enumerate(progress(iterable=clips, desc="densities", unit="clip")):
         here = told[i]
         noisy = dequantise(clip[None].to(device), [random_stream(recipe.seed, DEQUANTISE, i)])
         length = here.mel.shape[-1]
@@ -102,7 +101,7 @@ def densities(
                     estimates.append(one_draw_kl(log_q, p, x).item())
                 values[name, key].append(sum(estimates) / draws)
 
-    lengths = torch.tensor([len(clip) for clip in clips], dtype=torch.float64)
+    lengths = torch.tensor([len(clip.audio) for clip in clips], dtype=torch.float64)
     found: dict[str, dict[str, Any]] = defaultdict(dict)
     for (name, key), each in values.items():
         mean = float((torch.tensor(each, dtype=torch.float64) * lengths).sum() / lengths.sum())
@@ -122,16 +121,16 @@ def densities(
 
 @torch.no_grad()
 def log_likelihoods(
-    recipe: Recipe, model: WaveformModel, clips: Sequence[Tensor], waves: Sequence[Tensor]
+    recipe: Recipe, model: WaveformModel, clips: Sequence[Excerpt], waves: Sequence[Tensor]
 ) -> list[float]:
     """Log-likelihood in nats a sample of each wave (T,), as a file of 16 bits has it, given the log-mel of its clip.
 
     Dequantised as in `densities`; of the recordings themselves, it is the negative of the `nll` there.
     """
-    log_mel, device = LogMel(recipe.audio), next(model.parameters()).device
+    device = next(model.parameters()).device
     found = []
     for i, (clip, wave) in enumerate(zip(clips, waves, strict=True)):
-        told = Conditioning(log_mel.of_file(clip[None], model.margin), model.margin).to(device)
+        told = Conditioning(pad_frames(clip.mel[None], model.margin), model.margin).to(device)
         stored = torch.from_numpy(to_pcm16(wave)).float() / PCM16_STEPS
         noisy = dequantise(stored[None].to(device), [random_stream(recipe.seed, DEQUANTISE, i)])
         found.append(-negative_log_likelihood(model(told), noisy).item())
@@ -140,10 +139,9 @@ def log_likelihoods(
 
 @torch.no_grad()
 def pitch_from_mel(
-    predictor: PitchPredictor, settings: Audio, clips: list[Tensor], tracked: list[Tensor], device: torch.device
+    predictor: PitchPredictor, clips: Sequence[Excerpt], tracked: list[Tensor], device: torch.device
 ) -> dict[str, float | None]:
-    """How well a model predicts F0 from log-mels of clips (T,), over all frames, against F0 (F,) tracked in them."""
-    log_mel = LogMel(settings)
-    mels = (log_mel.of_file(clip[None], PITCH_CONTEXT).to(device) for clip in clips)
+    """How well a model predicts F0 from log-mels of clips, over all frames, against F0 (F,) tracked in them."""
+    mels = (pad_frames(clip.mel[None], PITCH_CONTEXT).to(device) for clip in clips)
     predicted = [predictor(mel)[0].cpu() for mel in mels]
     return metrics.f0_agreement(torch.cat(tracked), torch.cat(predicted))

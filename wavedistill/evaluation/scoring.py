@@ -6,6 +6,7 @@ from torch import Tensor
 
 from wavedistill.evaluation import metrics
 from wavedistill.evaluation.densities import log_likelihoods
+from wavedistill.evaluation.excerpts import Excerpt
 from wavedistill.evaluation.verdict import Scores
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.recipe import Recipe
@@ -17,15 +18,15 @@ class Scoring:
 
     Args:
         recipe: of the experiment.
-        clips: as they were recorded, each (T,).
+        clips: with what was recorded.
         model: whose density takes one pass, on a device; None where a recipe has none.
     """
 
-    def __init__(self, recipe: Recipe, clips: Sequence[Tensor], model: WaveformModel | None) -> None:
+    def __init__(self, recipe: Recipe, clips: Sequence[Excerpt], model: WaveformModel | None) -> None:
         if not metrics.pesq_available():
             note("evaluate: without the package pesq there is no PESQ score: pip install 'wavedistill[demo]'")
         self.recipe, self.clips, self.model = recipe, clips, model
-        self.scorers = [metrics.Scorer(clip, recipe.audio) for clip in clips]
+        self.scorers = [metrics.Scorer(clip.audio, recipe.audio) for clip in clips]
 
     def __call__(self, systems: Mapping[str, Sequence[Tensor]], label: str) -> dict[str, list[Scores]]:
         """Scores of each clip (T,) of every system: those of `Scorer`, and `teacher_log_likelihood`, nats a sample."""

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from wavedistill.evaluation import metrics
+from wavedistill.evaluation.excerpts import Excerpt
 from wavedistill.evaluation.verdict import COMPARED, mean
 from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.recipe.sections import Audio
 from wavedistill.sampling.sequential import sample
-from wavedistill.speech.audio import LOG_MEL_FLOOR, LogMel, mel_filters, pad_frames
+from wavedistill.speech.audio import LOG_MEL_FLOOR, mel_filters, pad_frames
 from wavedistill.speech.conditioning import Conditioning
 from wavedistill.speech.consistency import MelConsistency
 from wavedistill.speech.pitch import PITCH_CONTEXT, PeriodicSource, track_f0
@@ -36,13 +37,13 @@ class SourceFilter:
     Args:
         recipe: of the experiment.
         models: the trained ones by name, on a device.
-        clips: recordings (T,) on which the share of the pulse train is chosen, held out from every training and test.
+        clips: on which the share of the pulse train is chosen, held out from every training and test.
 
     Attributes:
         about: the share of the pulse train in the power of voiced sound, what chose it, and where F0 is from.
     """
 
-    def __init__(self, recipe: Recipe, models: Mapping[str, WaveformModel], clips: Sequence[Tensor]) -> None:
+    def __init__(self, recipe: Recipe, models: Mapping[str, WaveformModel], clips: Sequence[Excerpt]) -> None:
         ordered = sorted(models.values(), key=lambda model: not model.draws_in_parallel)
         self.recipe, self.model = recipe, ordered[0]
         self.pitch = next((model.pitch for model in ordered if model.pitch is not None), None)
@@ -51,7 +52,7 @@ class SourceFilter:
         for share in SHARES:
             waves = consistent(recipe, self(clips, share), clips)
             pairs = zip(clips, waves, strict=True)
-            found[share] = mean([metrics.likeness(clip, wave, recipe.audio) for clip, wave in pairs])
+            found[share] = mean([metrics.likeness(clip.audio, wave, recipe.audio) for clip, wave in pairs])
         name = next(name for name in COMPARED if all(scores[name] is not None for scores in found.values()))
         self.share = max(SHARES, key=lambda share: COMPARED[name].sign * (found[share][name] or 0))
         self.about: dict[str, Any] = {
@@ -61,20 +62,19 @@ class SourceFilter:
         }
 
     @torch.no_grad()
-    def __call__(self, clips: Sequence[Tensor], share: float | None = None) -> list[Tensor]:
-        """Clips (T,) anew, with another share of the pulse train than the one that was chosen if given."""
+    def __call__(self, clips: Sequence[Excerpt], share: float | None = None) -> list[Tensor]:
+        """Clips anew, each (T,), with another share of the pulse train than the one that was chosen if given."""
         share = self.share if share is None else share
         device = next(self.model.parameters()).device
-        log_mel = LogMel(self.recipe.audio)
         waves = []
         for i, clip in enumerate(clips):
-            mel = log_mel.of_file(clip[None], PITCH_CONTEXT + 1).to(device)
+            mel = pad_frames(clip.mel[None], PITCH_CONTEXT + 1).to(device)
             if self.pitch is None:
-                f0 = torch.nn.functional.pad(track_f0(clip, self.recipe.audio)[None], (1, 1)).to(device)
+                f0 = torch.nn.functional.pad(track_f0(clip.audio, self.recipe.audio)[None], (1, 1)).to(device)
             else:
                 f0 = self.pitch(mel)
             pulse, voiced = self.source(f0)[0][..., 2:].unbind(-1)
-            noise = torch.randn(1, len(clip), generator=random_stream(self.recipe.seed, SOURCE, i)).to(device)
+            noise = torch.randn(1, len(clip.audio), generator=random_stream(self.recipe.seed, SOURCE, i)).to(device)
             excitation = share**0.5 * pulse + (1 - share * voiced).sqrt() * noise
             wave, _ = self.model.shared(excitation, self.model.shared_context(Conditioning(mel, PITCH_CONTEXT + 1)))
             waves.append(wave[0].cpu().clamp(-1, 1))
@@ -86,29 +86,30 @@ def synthesise(
     recipe: Recipe,
     models: Mapping[str, WaveformModel],
     source_filter: SourceFilter,
-    clips: Sequence[Tensor],
+    clips: Sequence[Excerpt],
     device: torch.device,
 ) -> dict[str, Sequence[Tensor]]:
-    """Clips (T,) as every system draws them, by the name of the system, and as they were recorded.
+    """Clips, each (T,), as every system draws them, by the name of the system, and as they were recorded.
 
     Models are given the log-mel alone. `whisper` is what the first parallel one is before training: white noise through
     the last transform, linear prediction for instance.
     """
     # One batch: a sequential sampler takes as many steps for all clips as for the longest.
-    padded = torch.nn.utils.rnn.pad_sequence(list(clips), batch_first=True)
+    mels = [clip.mel.T for clip in clips]
+    padded = torch.nn.utils.rnn.pad_sequence(mels, batch_first=True, padding_value=LOG_MEL_FLOOR).transpose(1, 2)
     margin = max(model.margin for model in models.values())
-    log_mel = LogMel(recipe.audio)
-    told = Conditioning(log_mel.of_file(padded, margin), margin).to(device)
+    told = Conditioning(pad_frames(padded, margin), margin).to(device)
+    shape = (len(clips), told.frames * recipe.audio.hop_length)
 
     def drawn(model: WaveformModel, label: str | None = None) -> list[Tensor]:
-        noise = model.base.noise(tuple(padded.shape), random_stream(recipe.seed, SYNTHESISE)).to(device)
+        noise = model.base.noise(shape, random_stream(recipe.seed, SYNTHESISE)).to(device)
         waves = sample(model(told), noise * recipe.evaluate.temperature, label=label).cpu()
-        return [wave[: len(clip)].clamp(-1, 1) for wave, clip in zip(waves, clips, strict=True)]
+        return [wave[: len(clip.audio)].clamp(-1, 1) for wave, clip in zip(waves, clips, strict=True)]
 
-    systems = {"recorded": clips}
+    systems: dict[str, Sequence[Tensor]] = {"recorded": [clip.audio for clip in clips]}
     for name, model in models.items():
         systems[name] = drawn(model, None if model.draws_in_parallel else f"{name} samples")
-    systems["griffin_lim"] = [griffin_lim(log_mel.of_file(clip[None])[0], recipe.audio) for clip in clips]
+    systems["griffin_lim"] = [griffin_lim(clip.mel, recipe.audio) for clip in clips]
     systems["source_filter"] = source_filter(clips)
     if parallel := [name for name, model in models.items() if model.draws_in_parallel]:
         systems["whisper"] = drawn(build(recipe, parallel[0], recipe.seed).to(device))
@@ -116,13 +117,11 @@ def synthesise(
 
 
 @torch.no_grad()
-def consistent(recipe: Recipe, waves: Sequence[Tensor], clips: Sequence[Tensor]) -> list[Tensor]:
-    """Waves (T,) after the recipe's steps towards the log-mels of the clips (T,) they were drawn for."""
-    log_mel, towards = LogMel(recipe.audio), MelConsistency(recipe.audio, recipe.consistency.passes)
-    return [
-        towards(wave[None], log_mel.of_file(clip[None]))[0].clamp(-1, 1)
-        for wave, clip in zip(waves, clips, strict=True)
-    ]
+def consistent(recipe: Recipe, waves: Sequence[Tensor], clips: Sequence[Excerpt]) -> list[Tensor]:
+    """Waves (T,) after the recipe's steps towards the log-mels of the clips they were drawn for."""
+    towards = MelConsistency(recipe.audio, recipe.consistency.passes)
+    pairs = zip(waves, clips, strict=True)
+    return [towards(wave[None], clip.mel[None])[0].clamp(-1, 1) for wave, clip in pairs]
 
 
 def griffin_lim(log_mel: Tensor, settings: Audio, iterations: int = 60) -> Tensor:

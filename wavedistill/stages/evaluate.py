@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from wavedistill import __version__
-from wavedistill.corpus.utterances import Utterance, read_f0, read_samples
+from wavedistill.corpus.utterances import Utterance, read_f0
 from wavedistill.evaluation import metrics, others
 from wavedistill.evaluation.densities import densities, pitch_from_mel
+from wavedistill.evaluation.excerpts import excerpts
 from wavedistill.evaluation.scoring import Scoring
 from wavedistill.evaluation.systems import SourceFilter, consistent, synthesise
 from wavedistill.evaluation.verdict import against_untrained, gates, in_words, mean
@@ -35,15 +36,18 @@ def run(experiment: Experiment, also: Folders) -> str:
     models = {name: experiment.model(name) for name in recipe.training}
     settle(experiment.threads, next(iter(models.values())).networks[0])
     test, valid = (experiment.corpus().of(split) for split in ("test", "valid"))
-    clips = [read_samples(experiment.audio, utterance) for utterance in test]
+    clips = excerpts(experiment.audio, test, recipe.audio)
     teachers = {name: experiment.teacher(name) for name in models if recipe.teacher_of(name) is None}
     density = densities(recipe, models, teachers, clips, device)
     limit = int(recipe.evaluate.max_seconds * recipe.audio.sample_rate) // recipe.audio.hop_length
-    limit *= recipe.audio.hop_length
-    heard = [clip[:limit] for clip in clips[: recipe.evaluate.clips]]
-    source_filter = SourceFilter(recipe, models, [read_samples(experiment.audio, u)[:limit] for u in valid[:CHOSEN_ON]])
+    heard, chosen_on = (
+        excerpts(experiment.audio, some, recipe.audio, limit)
+        for some in (test[: recipe.evaluate.clips], valid[:CHOSEN_ON])
+    )
+    source_filter = SourceFilter(recipe, models, chosen_on)
     drawn = synthesise(recipe, models, source_filter, heard, device)
-    drawn |= {name: others.read(files, heard, recipe.audio) for name, files in _files(experiment, also).items()}
+    recorded, beside = drawn["recorded"], _files(experiment, also)
+    drawn |= {name: others.read(files, recorded, recipe.audio) for name, files in beside.items()}
     likely = next((name for name, model in models.items() if model.density_in_parallel), None)
     scored = Scoring(recipe, heard, models[likely] if likely else None)
     sound = {name: waves if name == "recorded" else consistent(recipe, waves, heard) for name, waves in drawn.items()}
@@ -69,7 +73,7 @@ def run(experiment: Experiment, also: Folders) -> str:
         "against_untrained": compared,
         "gates": found,
         "pitch_from_mel": {
-            name: pitch_from_mel(model.pitch, recipe.audio, clips, [read_f0(experiment.audio, u) for u in test], device)
+            name: pitch_from_mel(model.pitch, clips, [read_f0(experiment.audio, u) for u in test], device)
             for name, model in models.items()
             if model.pitch is not None
         },

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wavedistill import __version__
 from wavedistill.corpus import recordings
 from wavedistill.corpus.sources import sources
+from wavedistill.evaluation.excerpts import Excerpt
 from wavedistill.evaluation.scoring import Scoring
 from wavedistill.evaluation.systems import SourceFilter, consistent, synthesise
 from wavedistill.evaluation.verdict import Scores, mean
@@ -67,23 +67,22 @@ def release(path: Path, out: Path, speakers: Mapping[str, Path]) -> str:
     return f"{out}: {out.stat().st_size / 1e6:.2f} MB, and its card"
 
 
-def _clips(folder: Path, recipe: Recipe) -> list[Tensor]:
-    """Clips (T,) of a folder's recordings, as training has them: trimmed, levelled, whole hops."""
+def _clips(folder: Path, recipe: Recipe) -> list[Excerpt]:
+    """Clips of a folder's recordings, as training has them: trimmed, levelled, whole hops."""
     limit = int(recipe.evaluate.max_seconds * recipe.audio.sample_rate)
     clips = []
     for source in sources(FolderCorpus(kind="folder", path=str(folder), limit=recipe.evaluate.clips)):
         samples = source.read(recipe.audio.sample_rate)
         pieces, gain = recordings.speech(samples, recipe)
-        clip = (torch.cat([samples[piece] for piece in pieces]) * gain)[
-            : limit // recipe.audio.hop_length * recipe.audio.hop_length
-        ]
+        clip = torch.cat([samples[piece] for piece in pieces]) * gain
+        clip = clip[: limit // recipe.audio.hop_length * recipe.audio.hop_length]
         if len(clip) < recipe.audio.sample_rate:
             raise AudioError(f"{shown(folder)}: {source.origin}: holds less than a second of speech: remove it")
-        clips.append(audio.pad_to_hops(clip, recipe.audio.hop_length))
+        clips.append(Excerpt.of(audio.pad_to_hops(clip, recipe.audio.hop_length), recipe.audio))
     return clips
 
 
-def _scores(whole: Checkpoint, small: Checkpoint, clips: Sequence[Tensor]) -> dict[str, tuple[Scores, Scores]]:
+def _scores(whole: Checkpoint, small: Checkpoint, clips: Sequence[Excerpt]) -> dict[str, tuple[Scores, Scores]]:
     """Mean scores of each system, as drawn and after the recipe's passes."""
     recipe, name = whole.recipe, whole.name
     # The baseline's one setting is chosen on the very clips, to its advantage.
@@ -100,7 +99,7 @@ def _scores(whole: Checkpoint, small: Checkpoint, clips: Sequence[Tensor]) -> di
 def _card(
     model: Checkpoint,
     path: Path,
-    clips: Mapping[str, Sequence[Tensor]],
+    clips: Mapping[str, Sequence[Excerpt]],
     tables: Mapping[str, Mapping[str, tuple[Scores, Scores]]],
 ) -> str:
     recipe, units, heard = model.recipe, model.recipe.audio, model.heard
@@ -122,7 +121,7 @@ def _card(
           if heard.f0_low and heard.f0_high else []),
     ]  # fmt: skip
     for speaker, table in tables.items():
-        seconds = sum(map(len, clips[speaker])) / units.sample_rate
+        seconds = sum(len(clip.audio) for clip in clips[speaker]) / units.sample_rate
         lines += [
             f"## A voice that it never heard: {speaker}",
             "",

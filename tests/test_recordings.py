@@ -259,14 +259,22 @@ def test_loudness_and_trimming_are_those_of_librosa(tiny: Recipe, length: int) -
 @pytest.mark.parametrize("hops", [0, 1, 7, 18.5])
 @pytest.mark.parametrize("frames", [0.1, 1, 2.7, 1024])
 def test_a_log_mel_in_blocks_is_that_of_the_whole(tiny: Recipe, hops: int, frames: float) -> None:
-    """Also where pieces and the whole are no whole number of hops, and under autocast."""
+    """Also where pieces and the whole are no whole number of hops."""
     samples, log_mel = speech_like(math.ceil(hops * 200))[None].double(), audio.LogMel(tiny.audio).double()
-    with torch.autocast("cpu", torch.bfloat16):
-        pieces = list(log_mel.of_blocks(samples.split(int(frames * 200), 1), 3))
+    pieces = list(log_mel.of_blocks(samples.split(int(frames * 200), 1), 3))
     assert max(piece.shape[-1] for piece in pieces) <= max(frames + 3, 3)
     samples = audio.pad_to_hops(samples, 200)
     expected = log_mel.of_file(samples, 3) if hops else torch.full((1, 40, 6), audio.LOG_MEL_FLOOR).double()
     torch.testing.assert_close(torch.cat(pieces, -1), expected, atol=1e-6, rtol=0)
+
+
+def test_a_log_mel_is_as_exact_beside_networks_in_bfloat16(tiny: Recipe) -> None:
+    """A stream computes it while its networks are under autocast."""
+    samples, log_mel = speech_like(4000)[None], audio.LogMel(tiny.audio)
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = log_mel.of_file(samples)
+    exact = audio.LogMel(tiny.audio).double().of_file(samples.double())
+    torch.testing.assert_close(lowered, exact.float(), rtol=0, atol=1e-3)
 
 
 def test_a_recording_is_synthesised_at_the_level_that_it_would_be_trained_at(

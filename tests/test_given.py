@@ -13,12 +13,15 @@ import torch
 from tests.conftest import speech_like
 from wavedistill.corpus.segments import Batch, Segments
 from wavedistill.corpus.utterances import Manifest, read_mel, read_samples
+from wavedistill.evaluation.excerpts import Excerpt, excerpts
+from wavedistill.evaluation.systems import SourceFilter, consistent, synthesise
 from wavedistill.experiment.folder import Experiment
 from wavedistill.experiment.stage import run_stage
 from wavedistill.models.checkpoint import load_model
+from wavedistill.models.kinds import build
 from wavedistill.recipe.loading import validate_recipe
 from wavedistill.recipe.sections import Audio
-from wavedistill.speech.audio import LogMel, pad_to_hops
+from wavedistill.speech.audio import LOG_MEL_FLOOR, LogMel, pad_to_hops, rms_db
 from wavedistill.speech.heard import Heard
 from wavedistill.stages import stages_of
 from wavedistill.tools.errors import CorpusError, RecipeError
@@ -30,10 +33,10 @@ Prepare = Callable[..., Experiment]
 
 @pytest.fixture
 def voice(tmp_path: Path) -> Path:
-    """Six recordings of several levels with silence around their words, whose positions are no whole hops."""
+    """Four recordings of several levels with silence around their words, whose positions are no whole hops."""
     folder = tmp_path / "voice"
     (folder / "deeper").mkdir(parents=True)
-    for i in range(6):
+    for i in range(4):
         words = [speech_like(RATE + 777 * i, 7 * i + word) for word in range(2)]
         silence = torch.zeros(4000 + 333 * i)
         parts = [silence, words[0] - words[0].mean(), silence, words[1] - words[1].mean(), silence]
@@ -114,7 +117,7 @@ def test_frames_stay_those_of_their_samples_in_every_piece(mels: Path, prepare: 
     """Of long recordings too, at a hop that neither trimming nor cutting heeds by itself."""
     experiment = prepare("cut", mels, max_seconds=2)
     utterances = Manifest.read(experiment.manifest).utterances
-    assert len(utterances) == 12
+    assert len(utterances) == 8
     for utterance in utterances:
         assert utterance.mel is not None
         own = LogMel(experiment.recipe.audio).of_file(read_samples(experiment.audio, utterance)[None])[0]
@@ -178,6 +181,28 @@ def test_a_folder_that_is_not_there_and_what_cannot_be_played_faster_are_refused
     part = {"speeds": (1, 1.2), "corpus": {"kind": "folder", "path": "a", "mels": "b"}}
     with pytest.raises(RecipeError, match="speeds must be \\[1\\]"):
         validate_recipe(tiny_data | {"corpus": {"kind": "several", "parts": (part,)}}, "mine.toml")
+
+
+def test_systems_speak_from_the_log_mels_that_are_given(voice: Path, tmp_path: Path, prepare: Prepare) -> None:
+    """Which are half as loud here, and so is what all of them make; what they are compared with stays as it is."""
+    softer = write_mels(voice, tmp_path / "softer", Audio(**units(200)), lambda mel: mel - np.log(2))
+    experiment = prepare("softer", softer)
+    recipe, utterances = experiment.recipe, Manifest.read(experiment.manifest).of("test")[:1]
+    (given,) = excerpts(experiment.audio, utterances, recipe.audio, 60)
+    own = Excerpt.of(given.audio, recipe.audio)
+    assert given.mel.shape == own.mel.shape == (40, 60)
+    assert alike(given.mel[:, :-3], (own.mel - np.log(2)).clamp_min(LOG_MEL_FLOOR)[:, :-3])
+    models = {"student": build(recipe, "student", 0)}
+    drawn = [
+        synthesise(recipe, models, SourceFilter(recipe, models, [each]), [each], torch.device("cpu"))
+        for each in (given, own)
+    ]
+    soft, loud = drawn
+    assert torch.equal(soft.pop("recorded")[0], given.audio)
+    assert set(soft) == {"student", "griffin_lim", "source_filter", "whisper"}
+    for system, (wave,) in soft.items():
+        assert 4 < rms_db(loud[system][0]) - rms_db(wave) < 8, system
+    assert 4 < rms_db(given.audio) - rms_db(consistent(recipe, [given.audio], [given])[0]) < 8
 
 
 @pytest.mark.usefixtures("blank_pictures")

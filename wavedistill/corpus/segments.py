@@ -78,7 +78,7 @@ class Segments:
         margin = self.margin * self.hop_length
         around, length = margin + self.overlap, self.frames * self.hop_length
         surroundings, inside, f0, given = [], [], [], {}
-        for utterance, first in places:
+        for item, (utterance, first) in enumerate(places):
             start = first * self.hop_length - around
             surroundings.append(read_samples(self.folder, utterance, start, length + 2 * around))
             frames = torch.arange(first - self.margin, first + self.frames + self.margin)
@@ -86,7 +86,7 @@ class Segments:
             f0.append(read_f0(self.folder, utterance)[frames.clamp(0, utterance.frames - 1)] * inside[-1])
             if utterance.mel:
                 mel = pad_frames(read_mel(self.folder, utterance, self.log_mel), self.margin)
-                given[len(f0) - 1] = mel[:, first : first + len(frames)]
+                given[item] = mel[:, first : first + len(frames)]
         wide = torch.stack(surroundings)
         if torch.device(self.device).type == "cuda":  # from pinned memory, a copy does not wait
             wide = wide.pin_memory()

@@ -15,7 +15,7 @@ class Excerpt(NamedTuple):
     """A recording's beginning, or all of it, and its log-mel.
 
     Attributes:
-        audio: (F * hop) as it was recorded.
+        audio: (F * hop,) as it was recorded.
         mel: log-mel (n_mels, F) that systems speak from: the one that was given for it, or its own.
     """
 
@@ -24,7 +24,7 @@ class Excerpt(NamedTuple):
 
     @classmethod
     def of(cls, audio: Tensor, settings: Audio) -> Self:
-        """Audio (F * hop) with its own log-mel."""
+        """Audio (F * hop,) with its own log-mel (n_mels, F)."""
         return cls(audio, LogMel(settings).of_file(audio[None])[0])
 
 

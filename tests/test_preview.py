@@ -64,7 +64,7 @@ def test_whole_utterances_are_heard_up_to_six_seconds(
         assert near < 0.6 * far
 
 
-def test_each_tag_says_what_it_shows(tmp_path: Path) -> None:
+def test_each_tag_says_what_it_shows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fabric = launch(CPU)
     with tensorboard(tmp_path, 0) as logger:
         log = Log(logger, fabric)
@@ -72,6 +72,7 @@ def test_each_tag_says_what_it_shows(tmp_path: Path) -> None:
         log.sound("utterance_1/recorded", 0.1 * torch.ones(4000), 8000, "A voice.", 3)
     found = EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
+    assert not caplog.messages, "what reads it for the report has nothing to complain of"
     assert [(event.step, event.value) for event in found.Scalars("valid/kl")] == [(3, 0.25)]
     (sound,), (picture,) = found.Audio("utterance_1/recorded"), found.Images("utterance_1/recorded")
     assert (sound.sample_rate, sound.length_frames) == (8000, 4000)

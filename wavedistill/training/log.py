@@ -33,6 +33,8 @@ PLACE = (0.08, 0.12, 0.9, 0.8)
 """Of its axes, in shares of it: left, bottom, width, height."""
 DB_RANGE = (-120.0, -40.0)
 """Of the power that a spectrogram shows, relative to full scale."""
+READERS = {"simple_value": "scalars", "audio": "audio", "image": "images"}
+"""What TensorBoard calls that which shows a figure, a sound or a picture."""
 
 
 class Log:
@@ -66,6 +68,8 @@ class Log:
         if self._first:
             for value in found.value:
                 value.metadata.summary_description = about
+                # Readers complain of a description that belongs to none of their kinds.
+                value.metadata.plugin_data.plugin_name = READERS[value.WhichOneof("value")]
             self._logger.experiment.file_writer.add_summary(found, step)
 
 

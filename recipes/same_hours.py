@@ -1,7 +1,5 @@
 """Vocos and HiFi-GAN in a pair's time: another system trained on an experiment's corpus, for minutes of one processor.
 
-Their code is their authors' or keepers' own, from PyPI; this project does not depend on it:
-
     pip install --no-deps --target gan vocos==0.1.0 speechbrain==1.1.2 encodec einops "huggingface_hub<1" hyperpyyaml \
         ruamel.yaml PyYAML requests urllib3 idna charset_normalizer sentencepiece
     export PYTHONPATH=gan
@@ -9,9 +7,9 @@ Their code is their authors' or keepers' own, from PyPI; this project does not d
     wavedistill evaluate festvox_ru --also vocos_45=exp/festvox_ru/same_hours/vocos/45min
     python recipes/same_hours.py exp/festvox_ru --plot same_hours.png --pair-minutes 45
 
-The experiment is one that `wavedistill evaluate` has finished. Its train split is trained on, and after each of the
-minutes, which are those of this process (`time.process_time`), its test clips are made of its log-mel alone. A training
-that is interrupted goes on from the last of them.
+The experiment is one that `wavedistill evaluate` has finished. Its train split is trained on, by the mel loss alone at
+first (`--mel-first`, Vocos's `pretrain_mel_steps`), and after each of the minutes, which are those of this process
+(`time.process_time`), its test clips are made of log-mels. A training that is interrupted goes on from the last mark.
 """
 
 import argparse
@@ -40,7 +38,7 @@ BATCH, FRAMES = 2, 40
 """Segments in a batch and their length in hops: few and short, so that a processor takes many steps."""
 UPSAMPLING = {200: ([5, 5, 4, 2], [11, 11, 8, 4]), 256: ([8, 8, 2, 2], [16, 16, 4, 4])}  # HiFi-GAN's, by the hop
 SHOWN = {"pesq_wb": "PESQ-wb", "aperiodicity_db": "aperiodicity error, dB"}
-COLOURS = {"vocos": "#3b6ea5", "vocos_small": "#5f9ed1", "hifigan_v2": "#a3567a"}
+NAMES = {"vocos": "Vocos", "vocos_small": "small Vocos", "hifigan_v2": "HiFi-GAN V2"}
 """The scores and the systems of the plot."""
 
 
@@ -69,8 +67,8 @@ class Vocos(System):
         from vocos.models import VocosBackbone
 
         super().__init__()
-        backbone = VocosBackbone(audio.n_mels, dim, intermediate_dim, num_layers)
-        self.generator = nn.Sequential(backbone, ISTFTHead(dim, audio.n_fft, audio.hop_length, padding="same"))
+        head = ISTFTHead(dim, audio.n_fft, audio.hop_length, padding="same")
+        self.generator = nn.Sequential(VocosBackbone(audio.n_mels, dim, intermediate_dim, num_layers), head)
         self.discriminators = nn.ModuleList([MultiPeriodDiscriminator(), MultiResolutionDiscriminator()])
         self.fooled, self.told, self.features = GeneratorLoss(), DiscriminatorLoss(), FeatureMatchingLoss()
         self.mel = MelSpecReconstructionLoss(audio.sample_rate, audio.n_fft, audio.hop_length, audio.n_mels)
@@ -214,6 +212,7 @@ def train(
     torch.set_num_threads(1)
     keep_freed_memory()
     manifest = Manifest.read(root / "manifest.json")
+    clips, log_mel = recorded(root, manifest), LogMel(manifest.audio)
     segments = Segments(manifest, root / "audio", "train", frames=FRAMES, margin=0)
     state = out / "state.pt"
     if steps is None and not state.is_file():
@@ -232,45 +231,45 @@ def train(
                 print(f"{training.seconds / 60:.2f} min, step {training.step} of {plan}: {loss:.3f}", flush=True)
         folder = out / f"{mark:g}min"
         folder.mkdir(parents=True, exist_ok=True)
-        write_clips(root, manifest, training.system.generator, folder)
+        for wav, clip in clips.items():
+            with torch.inference_mode():
+                made = training.system.generator(log_mel.of_file(clip[None]))[0].clamp(-1, 1)
+            write(folder / wav, made, manifest.audio.sample_rate)
+        with replacing(folder / "generator.pt") as file:
+            torch.save(training.system.generator.state_dict(), file)
         about = {"system": name, "minutes": training.seconds / 60, "step": training.step, "seed": seed}
         write_json(folder / "about.json", {**about, "plan": plan._asdict()})
         training.save(state, plan)
 
 
-@torch.inference_mode()
-def write_clips(root: Path, manifest: Manifest, generator: nn.Module, folder: Path) -> None:
-    """Write what a generator makes of the log-mels of the clips that were evaluated, and the generator itself."""
-    clips = sorted((root / "samples" / "recorded").glob("*.wav"))
-    if not clips:
+def recorded(root: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The clips (T,) that were evaluated, by the names of their files."""
+    lengths = {path.name: soundfile.info(path).frames for path in (root / "samples" / "recorded").glob("*.wav")}
+    if not lengths:
         raise UserError(f"{root / 'samples'}: no recorded clips: run `wavedistill evaluate` first")
-    utterances = {utterance.name: utterance for utterance in manifest.of("test")}
-    for path in clips:
-        clip = read_samples(root / "audio", utterances[path.stem], 0, soundfile.info(path).frames)
-        wave = generator(LogMel(manifest.audio).of_file(clip[None]))[0]
-        write(folder / path.name, wave.clamp(-1, 1), manifest.audio.sample_rate)
-    with replacing(folder / "generator.pt") as file:
-        torch.save(generator.state_dict(), file)
+    test = {f"{utterance.name}.wav": utterance for utterance in manifest.of("test")}
+    return {name: read_samples(root / "audio", test[name], 0, length) for name, length in lengths.items()}
 
 
 def plot(metrics: Path, path: Path, pair_minutes: float) -> None:
     """Draw the scores of trainings against their minutes, from the `metrics.json` of `evaluate --also`."""
     found = json.loads(metrics.read_text())
-    folders = {name: Path(also["folder"]) for name, also in found["about"]["also"].items()}
-    marks = {name: json.loads((folder / "about.json").read_text()) for name, folder in folders.items()}
-    figure = Figure(figsize=(8, 3.4), layout="constrained", dpi=150)
+    also = found["about"]["also"]
+    marks = {name: json.loads((Path(also[name]["folder"]) / "about.json").read_text()) for name in also}
+    figure = Figure(figsize=(8, 3.6), layout="constrained", dpi=150)
     for axes, (score, label) in zip(figure.subplots(1, len(SHOWN)), SHOWN.items(), strict=True):
-        for part, style, fill, said in (("synthesis", "o-", "full", ""), ("as_drawn", "o:", "none", ", as drawn")):
-            for system, colour in COLOURS.items():
+        for part, style, fill, said in (("synthesis", "o-", "full", ""), ("as_drawn", "o:", "none", " as drawn")):
+            for system, colour in zip(NAMES, ("#3b6ea5", "#5f9ed1", "#a3567a"), strict=True):
                 names = [name for name, mark in marks.items() if mark["system"] == system]
                 points = sorted((marks[name]["minutes"], found[part][name][score]) for name in names)
                 if points:
-                    axes.plot(*zip(*points, strict=True), style, color=colour, fillstyle=fill, label=system + said)
+                    look = {"color": colour, "fillstyle": fill, "label": NAMES[system] + said}
+                    axes.plot(*zip(*points, strict=True), style, **look)
             look = {"markersize": 11, "fillstyle": fill, "label": "this pair" + said}
             axes.plot(pair_minutes, found[part]["student"][score], "*k", **look)
         axes.set(xlabel="minutes of one processor", ylabel=label, xlim=(0, None))
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path)
 
 

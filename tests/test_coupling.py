@@ -203,18 +203,18 @@ def test_a_network_sees_as_far_ahead_as_back_and_features_at_their_place() -> No
     net, x, features = small_network(source_channels=2), noise(1, 40, 3), noise(1, 60, 3)
     source = noise(1, 240, 2)
     at = x.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(net(at, features, source)[0, 20].sum(), at)
+    (grad,) = torch.autograd.grad(net(at, features, source)[0, 21].sum(), at)
     seen = grad[0].abs().sum(-1).nonzero()[:, 0].tolist()
-    assert seen == list(range(20 - 3, 20 + 3 + 1))
+    assert seen == list(range(21 - 3, 21 + 3 + 1))
     assert (len(seen) - 1) * 6 == net.receptive_field
     # A group has the feature of its middle sample; the last layer, of dilation 2, reads the first one at three groups.
     at = features.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(net(x, at, source)[0, 20].sum(), at)
-    assert set(grad[0].abs().sum(-1).nonzero()[:, 0].tolist()) == {(n * 6 + 3) // 4 for n in (18, 20, 22)}
+    (grad,) = torch.autograd.grad(net(x, at, source)[0, 21].sum(), at)
+    assert set(grad[0].abs().sum(-1).nonzero()[:, 0].tolist()) == {(n * 6 + 3) // 4 for n in (19, 21, 23)}
     at = source.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(net(x, features, at)[0, 20].sum(), at)
+    (grad,) = torch.autograd.grad(net(x, features, at)[0, 21].sum(), at)
     samples = grad[0].abs().sum(-1).nonzero()[:, 0].tolist()
-    assert (samples[0], samples[-1]) == (17 * 6, 24 * 6 - 1)
+    assert (samples[0], samples[-1]) == (18 * 6, 25 * 6 - 1)
 
 
 def test_beyond_its_ends_a_network_sees_zeros_in_every_layer() -> None:
@@ -398,7 +398,10 @@ student = { steps = 3, validate_every = 3, loss = { kl_estimator = "mc" } }
 
 
 @pytest.mark.slow
-def test_every_stage_takes_a_coupling_flow_and_a_student_from_it(tmp_path: Path) -> None:
+def test_every_stage_takes_a_coupling_flow_and_a_student_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "none")  # without which no network is compiled, for a minute
     recording, out, root = write_voice(tmp_path / "voice", 5) / "0.wav", tmp_path / "out", tmp_path / "exp" / "flow"
     (tmp_path / "flow.toml").write_text(RECIPE)
     options = ["--exp", root.parent, "--device", "cpu", "--threads", "1"]
@@ -411,8 +414,8 @@ def test_every_stage_takes_a_coupling_flow_and_a_student_from_it(tmp_path: Path)
     assert set(metrics["gates"]) == {"teacher", "student"}, "both draw in one pass"
     samplers = {(row["model"], row["sampler"]) for row in rows["rows"]}
     assert {sampler for model, sampler in samplers if model == "teacher"} == {"parallel"}
-    assert {"parallel", "streamed"} <= {sampler for model, sampler in samplers if model == "student"}
-    assert "Teacher (parallel)" in (root / "report.html").read_text()
+    assert {sampler for model, sampler in samplers if model == "student"} == {"parallel", "streamed"}
+    assert "<b>teacher, parallel</b>" in (root / "report.html").read_text()
     # A waveform from its checkpoint: drawn whole, of as many samples as the vocoder's own call gives.
     checkpoint = root / "teacher" / "checkpoint.safetensors"
     done = command("generate", checkpoint, recording, "--out", out)

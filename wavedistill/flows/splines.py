@@ -111,7 +111,7 @@ def _bend(u: Tensor, *knots: Tensor) -> tuple[Tensor, Tensor]:
     """z = g(u), and log g'(u)."""
     piece = _piece(u, knots[0], *knots)
     theta = ((u - piece.u) / piece.width).clamp(0, 1)
-    return _within(u, piece.y + _height(piece, theta), _log_slope(piece, theta))
+    return _within(u, piece.y + _height(piece, theta)), _log_slope(piece, theta)
 
 
 def _unbend(z: Tensor, *knots: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def _unbend(z: Tensor, *knots: Tensor) -> tuple[Tensor, Tensor]:
     b = piece.height * piece.first - rise * piece.excess
     c = -piece.steep * rise
     theta = (2 * c / (-b - (b.square() - 4 * a * c).clamp_min(0).sqrt())).clamp(0, 1)
-    return _within(z, piece.u + theta * piece.width, _log_slope(piece, theta))
+    return _within(z, piece.u + theta * piece.width), _log_slope(piece, theta)
 
 
 def _height(piece: _Piece, theta: Tensor) -> Tensor:
@@ -136,10 +136,9 @@ def _log_slope(piece: _Piece, theta: Tensor) -> Tensor:
     return 2 * piece.steep.log() + top.log() - 2 * (piece.steep + piece.excess * both).log()
 
 
-def _within(value: Tensor, bent: Tensor, log_slope: Tensor) -> tuple[Tensor, Tensor]:
-    """What is bent where a value lies within the bound, and the value itself beyond."""
-    inside = value.abs() < BOUND
-    return bent.where(inside, value), log_slope.where(inside, 0.0)
+def _within(value: Tensor, bent: Tensor) -> Tensor:
+    """What is bent where a value lies within the bound, and the value itself beyond, where slopes are 1 either way."""
+    return bent.where(value.abs() < BOUND, value)
 
 
 class SplineStep(NamedTuple):

@@ -1,7 +1,5 @@
 """The conditioner of a coupling flow: dilated convolutions over groups of samples that look both ways."""
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +33,8 @@ class WaveNetAround(Network):
         source_channels: signals at every sample that it reads too; functions of the conditioning.
     """
 
+    context: nn.Linear
+
     def __init__(
         self,
         *,
@@ -50,28 +50,19 @@ class WaveNetAround(Network):
         squeeze: int,
         source_channels: int = 0,
     ) -> None:
-        super().__init__()
-        self.dilations = [2 ** (i % dilation_cycle) for i in range(layers)]
-        self.kernel_size, self.channels, self.skip_channels = kernel_size, channels, skip_channels
-        self.repeat, self.squeeze = repeat, squeeze
-        self.in_channels, self.source_channels = in_channels, source_channels
-        self.input = nn.Linear(in_channels + squeeze * source_channels, channels)
-        self.gates = nn.ModuleList(nn.Linear(kernel_size * channels, 2 * channels) for _ in range(layers))
-        # Nothing follows the last layer's residual path, so it has none.
-        self.outputs = nn.ModuleList(
-            nn.Linear(channels, skip_channels + (channels if i < layers - 1 else 0)) for i in range(layers)
+        super().__init__(
+            layers=layers,
+            dilation_cycle=dilation_cycle,
+            kernel_size=kernel_size,
+            channels=channels,
+            skip_channels=skip_channels,
+            in_channels=in_channels + squeeze * source_channels,
+            out_channels=out_channels,
+            feature_channels=feature_channels,
+            repeat=repeat,
+            squeeze=squeeze,
         )
-        self.context = nn.Linear(feature_channels, layers * 2 * channels)
-        self.hidden = nn.Linear(skip_channels, skip_channels)
-        self.head = nn.Linear(skip_channels, out_channels)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    @property
-    def flops_per_sample(self) -> float:
-        layers = [self.input, *self.gates, *self.outputs, self.hidden, self.head]
-        weights = sum(cast(nn.Linear, layer).weight.numel() for layer in layers)
-        return 2 * (weights / self.squeeze + self.context.weight.numel() / self.repeat)
+        self.in_channels, self.source_channels = in_channels, source_channels
 
     @property
     def receptive_field(self) -> int:

@@ -87,32 +87,23 @@ class WaveNet(Network):
         squeeze: int = 1,
         border: int = 0,
     ) -> None:
-        super().__init__()
-        self.dilations = [2 ** (i % dilation_cycle) for i in range(layers)]
-        self.kernel_size, self.channels, self.skip_channels, self.repeat = kernel_size, channels, skip_channels, repeat
-        self.squeeze, self.border, self.source_channels = squeeze, border, source_channels
-        self.input = nn.Linear(squeeze * (1 + source_channels), channels)
-        self.gates = nn.ModuleList(nn.Linear(kernel_size * channels, 2 * channels) for _ in range(layers))
-        # Nothing follows the last layer's residual path, so it has none.
-        self.outputs = nn.ModuleList(
-            nn.Linear(channels, skip_channels + (channels if i < layers - 1 else 0)) for i in range(layers)
+        super().__init__(
+            layers=layers,
+            dilation_cycle=dilation_cycle,
+            kernel_size=kernel_size,
+            channels=channels,
+            skip_channels=skip_channels,
+            in_channels=squeeze * (1 + source_channels),
+            out_channels=squeeze * (out_channels + squeeze - 1),
+            feature_channels=feature_channels,
+            repeat=repeat,
+            squeeze=squeeze,
         )
-        self.context = None if feature_channels is None else nn.Linear(feature_channels, layers * 2 * channels)
-        self.hidden = nn.Linear(skip_channels, skip_channels)
-        self.head = nn.Linear(skip_channels, squeeze * (out_channels + squeeze - 1))
+        self.border, self.source_channels = border, source_channels
         # Of each place in a group: its outputs, and which of the values before are in the group too, the last one last.
         places = torch.arange(squeeze)
         inside = F.pad(places[:, None] + places[1:] >= squeeze, (out_channels, 0), value=True)
         self.register_buffer("used", inside.flatten().to(self.head.bias.dtype), persistent=False)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    @property
-    def flops_per_sample(self) -> float:
-        layers = [self.input, *self.gates, *self.outputs, self.hidden, self.head]
-        weights = sum(layer.weight.numel() for layer in layers)
-        shared = 0 if self.context is None else self.context.weight.numel() / self.repeat
-        return 2 * (weights / self.squeeze + shared)
 
     @property
     def receptive_field(self) -> int:

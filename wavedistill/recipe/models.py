@@ -29,10 +29,13 @@ class Network(Section):
     """Layer i has dilation 2 ** (i mod dilation_cycle)."""
     kernel_size: Annotated[int, Field(ge=2, le=16)] = 2
 
+    def reach(self, layers: int) -> int:
+        """Places beside its own that an output of so many layers sees."""
+        return (self.kernel_size - 1) * sum(2 ** (i % self.dilation_cycle) for i in range(layers))
+
     def receptive_field(self, layers: int, squeeze: int = 1) -> int:
         """Samples that so many layers look back."""
-        dilations = sum(2 ** (i % self.dilation_cycle) for i in range(layers))
-        return squeeze * (2 + (self.kernel_size - 1) * dilations) - 1
+        return squeeze * (2 + self.reach(layers)) - 1
 
 
 class Maf(Section):
@@ -156,8 +159,7 @@ class Coupling(Section):
     @property
     def receptive_field(self) -> int:
         """Samples that a network looks at, before and after."""
-        dilations = sum(2 ** (i % self.network.dilation_cycle) for i in range(self.layers))
-        return self.squeeze * (1 + (self.network.kernel_size - 1) * dilations)
+        return self.squeeze * (1 + self.network.reach(self.layers))
 
     @property
     def left(self) -> tuple[int, ...]:

@@ -114,10 +114,6 @@ class SeveralCorpora(Section):
     licence: Licence = None
     parts: Annotated[tuple[Part, ...], Field(strict=False, min_length=1)]
 
-    @property
-    def limit(self) -> None:
-        """Each part has its own."""
-
 
 Corpus = Annotated[NanottsCorpus | DebianCorpus | FolderCorpus | SeveralCorpora, Field(discriminator="kind")]
 

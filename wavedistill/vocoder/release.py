@@ -87,9 +87,9 @@ def _scores(whole: Checkpoint, small: Checkpoint, clips: Sequence[Excerpt]) -> d
     recipe, name = whole.recipe, whole.name
     # The baseline's one setting is chosen on the very clips, to its advantage.
     baseline = SourceFilter(recipe, {name: whole.model}, clips)
-    drawn = synthesise(recipe, {name: small.model}, baseline, clips, torch.device("cpu"))
-    full = synthesise(recipe, {name: whole.model}, baseline, clips, torch.device("cpu"))
-    drawn = {name: drawn[name], f"{name}, full precision": full[name], **drawn}
+    models = {name: small.model, f"{name}, full precision": whole.model}
+    systems = synthesise(recipe, models, baseline, clips, torch.device("cpu"))
+    drawn = {**{each: systems[each] for each in models}, **systems}
     after = {key: waves if key == "recorded" else consistent(recipe, waves, clips) for key, waves in drawn.items()}
     scored = Scoring(recipe, clips, None)
     first, last = scored(drawn, "scores as drawn"), scored(after, "scores")

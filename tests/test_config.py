@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from pydantic import ValidationError
 
 from tests.conftest import RECIPES
+from wavedistill.cli.commands import app
 from wavedistill.recipe.loading import load_recipe, validate_recipe
-from wavedistill.recipe.recipe import Recipe
+from wavedistill.recipe.recipe import COMMANDS, Recipe
 from wavedistill.recipe.sections import FolderCorpus
 from wavedistill.tools.errors import RecipeError
 
@@ -225,3 +227,10 @@ def test_what_own_voice_comments_out_is_the_default() -> None:
     assert validate_recipe({**tomllib.loads("\n".join(kept)), "name": "a"}, "a") == validate_recipe(
         {**tomllib.loads(text), "name": "a"}, "a"
     )
+
+
+def test_the_names_of_all_commands_are_taken() -> None:
+    """But for those that are trainings, of the shipped recipes."""
+    commands = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    assert commands - COMMANDS == {"teacher", "student"}
+    assert commands >= COMMANDS

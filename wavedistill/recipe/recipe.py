@@ -20,8 +20,21 @@ from wavedistill.recipe.sections import (
 )
 from wavedistill.recipe.trainings import AnyTraining, Distillation, Likelihood, Training
 
-RESERVED = {"prepare", "evaluate", "benchmark", "report", "run", "generate", "info", "new", "audio", "samples"}
-"""Commands, and folders of an experiment."""
+COMMANDS = {
+    "run",
+    "prepare",
+    "evaluate",
+    "benchmark",
+    "report",
+    "new",
+    "generate",
+    "info",
+    "release",
+    "export",
+    "doctor",
+}
+RESERVED = COMMANDS | {"audio", "samples"}
+"""Commands, which a training of their name would be out of reach behind, and folders of an experiment."""
 
 
 def _name(text: str) -> str:

@@ -69,7 +69,8 @@ class SumOfSquares(Elementwise):
         high = torch.full_like(z, BOUND)
         (least, _), (most, _) = self._bend(-high, a), self._bend(high, a)
         u = root(lambda u: self._bend(u, a), z.maximum(least).minimum(most), -high, high)
-        # One step more, in which the gradient is, and which follows the straight lines beyond the bound.
+        u = torch.where(z >= most, high, torch.where(z <= least, -high, u))
+        # One step more, in which the gradient is, and which follows the straight lines that begin at the bound.
         found, slope = self._bend(u, a)
         u = u - (found - z) * (-slope).exp()
         return shift + log_scale.exp() * u, log_scale - self._bend(u, a)[1]
@@ -113,8 +114,12 @@ def _solve_polynomials(raw: Any, given: Any, constants: Any) -> Callable[..., An
         bend = (a, constants.points, constants.weights)
         if not constants.to_x:
             return _bend((given - raw[0]) / scale, *bend)[0]
-        inside = min(max(given, _bend(-BOUND, *bend)[0]), _bend(BOUND, *bend)[0])
-        u = compiled_root(_bend, bend, inside, -BOUND, BOUND)
+        if given >= _bend(BOUND, *bend)[0]:
+            u = BOUND
+        elif given <= _bend(-BOUND, *bend)[0]:
+            u = -BOUND
+        else:
+            u = compiled_root(_bend, bend, given, -BOUND, BOUND)
         found, slope = _bend(u, *bend)
         return raw[0] + scale * (u - (found - given) * math.exp(-slope))
 

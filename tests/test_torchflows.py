@@ -38,7 +38,7 @@ class Given(nn.Module):
 
 
 def theirs(kind: type, flow: Autoregressive, context: tuple[Tensor, ...]) -> nn.Module:
-    """Torchflows' flow whose steps have the parameters of ours; both its affine functions divide what ours multiplies."""
+    """Torchflows' flow whose steps have the parameters of ours; from signal to noise, as its affine functions are."""
     bijection = kind(SHAPE)
     bijection.conditioner_transform = Given(flow, context, bijection.transformer)
     return flows.Flow(bijection).double().eval()

@@ -86,8 +86,8 @@ class SumOfSquares(Elementwise):
 
 def _slope(v: Tensor, a: Tensor) -> Tensor:
     """s(v), in the shape of v, of coefficients (..., K, L + 1)."""
-    share, polynomial = (v / BOUND).unsqueeze(-1), a[..., -1]
-    for coefficient in a[..., :-1].unbind(-1)[::-1]:
+    share, (*lower, polynomial) = (v / BOUND).unsqueeze(-1), a.unbind(-1)
+    for coefficient in reversed(lower):
         polynomial = polynomial * share + coefficient
     return LEAST_SLOPE + (1 - LEAST_SLOPE) * (1 + polynomial).square().mean(-1)
 

@@ -231,6 +231,7 @@ TABLE = [
     ("a spectrogram of other frequencies", "reporting/spectrogram.py", "fmax=settings.f_max", "fmax=settings.sample_rate / 3", "test_report.py"),
     ("the slowest way to draw in the headline", "reporting/words.py", 'return max(_of(benchmark, model)', 'return min(_of(benchmark, model)', "test_report.py"),
     ("a failed check goes unsaid", "reporting/words.py", 'failed = sum(not gate["passed"]', 'failed = sum(gate is None', "test_report.py"),
+    ("the slowest sampler in the plot of all models", "reporting/plots.py", '= max(row["samples_per_second"]', '= min(row["samples_per_second"]', "test_report.py"),
     # Written after the tests, to see what else they do not see.
     ("contrast with the same place", "speech/conditioning.py", "away = self.mel.shape[-1] // 2", "away = 0", "test_losses.py"),
     ("temperature forgotten", "vocoder/vocoder.py", ".to(self.device) * temperature", ".to(self.device)", "test_recordings.py::test_a_recording_is_synthesised_at_the_level_that_it_would_be_trained_at"),

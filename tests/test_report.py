@@ -17,8 +17,8 @@ from wavedistill.experiment.folder import AS_DRAWN, Experiment, measured_on
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.recipe.sections import Audio, Gates
 from wavedistill.reporting import words
-from wavedistill.reporting.page import nearest
-from wavedistill.reporting.plots import SERIES, svg
+from wavedistill.reporting.page import _ways, nearest
+from wavedistill.reporting.plots import SERIES, svg, ways_plot
 from wavedistill.reporting.spectrogram import HEIGHT, RANGE_DB, picture, spectrogram_db, ticks
 from wavedistill.speech import audio
 from wavedistill.stages.report import _clip, _current
@@ -197,6 +197,30 @@ def test_plots_wear_the_colours_of_the_page() -> None:
     assert "currentColor" in drawn
     assert not [word for word in ("#000000", SERIES[0], "http") if word in drawn]
     assert drawn == svg(figure)
+
+
+def test_several_models_are_drawn_at_their_speed_and_likelihood_and_a_pair_is_not(tiny: Recipe) -> None:
+    found = scored(tiny)
+    for part, score in (("synthesis", 3.0), ("as_drawn", 2.0)):
+        found[part] |= {name: {**STUDENT, "pesq_wb": score} for name in ("teacher", "glow")}
+    found["density"]["models"]["glow"] = {"nll": -5.5}
+    pair = [row("naive", 100), row("compiled", 80_000), row("parallel", 160_000)]
+    drawn = [
+        *pair,
+        {**row("parallel", 90_000), "model": "glow"},
+        {**row("parallel", 120_000, threads=2), "model": "glow"},
+    ]
+    left, right = ways_plot(found, drawn).axes
+    points = {line.get_label(): line.get_xydata().tolist() for line in left.get_lines()}
+    assert points["teacher"] == [[80_000, 3.0]], "by its fastest sampler"
+    assert points["glow"] == [[90_000, 3.0]], "on the fewest threads"
+    tell = [line.get_xydata().tolist() for line in right.get_lines()]
+    assert tell == [[[-5.6, 2.0], [-5.6, 3.0]], [[-5.6, 3.0]], [[-5.5, 2.0], [-5.5, 3.0]], [[-5.5, 3.0]]]
+    assert _ways(found, timed(*drawn)) is not None
+    assert _ways(found, timed(*pair)) is None
+    assert _ways(found, None) is None
+    found["synthesis"]["recorded"] = {**RECORDED, "pesq_wb": None}
+    assert _ways(found, timed(*drawn)) is None
 
 
 def test_a_clip_is_heard_first_and_as_drawn_where_that_was_kept(experiment: Experiment) -> None:

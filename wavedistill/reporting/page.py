@@ -17,7 +17,7 @@ from wavedistill.benchmarking.words import counted
 from wavedistill.evaluation.verdict import in_words
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.reporting import words
-from wavedistill.reporting.plots import crossover_plot, svg
+from wavedistill.reporting.plots import crossover_plot, svg, ways_plot
 from wavedistill.reporting.spectrogram import HEIGHT, WIDTH, ticks
 from wavedistill.reporting.words import Table
 
@@ -113,6 +113,7 @@ def render(
         stale=stale,
         training_speed=train,
         crossover=_crossover(full),
+        ways=_ways(found, benchmark),
         losses={
             name: [(words.TERMS.get(term, words.Named(term, "")), svg(plot)) for term, plot in plots.items()]
             for name, plots in losses.items()
@@ -172,3 +173,10 @@ def _crossover(full: Table) -> str | None:
     """The speed of students of several sizes, where it was measured."""
     rows = full["rows"] if full else []
     return svg(crossover_plot(rows)) if any(not row["trained"] for row in rows) else None
+
+
+def _ways(found: dict[str, Any], benchmark: Table) -> str | None:
+    """What several models give, at what speed, where there is PESQ; two are compared in words."""
+    rows = benchmark["rows"] if benchmark else []
+    several = len({row["model"] for row in rows} & found["synthesis"].keys()) > 2
+    return svg(ways_plot(found, rows)) if several and found["synthesis"]["recorded"]["pesq_wb"] is not None else None

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wavedistill.benchmarking.words import PARALLEL, counted
 
 SERIES = ("#3b6ea5", "#a3567a", "#d08770", "#5f9ed1")
+MARKERS = "os^DvP"
 GRID = "#dddddd"
 ON_THE_PAGE = {
     **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)},
@@ -55,6 +56,35 @@ def crossover_plot(rows: list[dict[str, Any]]) -> Figure:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False)
+    return figure
+
+
+def ways_plot(found: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
+    """PESQ of models against their speed, and against the likelihood that they give to recordings, where they tell.
+
+    Filled after mel consistency, hollow as drawn; the speed is that of each model's fastest sampler on the fewest
+    threads, the figures those of the files of `evaluate` and `benchmark`.
+    """
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    fewest = min(row["threads"] for row in rows)
+    speeds: dict[str, float] = {}
+    for row in rows:
+        if row["trained"] and row["threads"] == fewest and row["batch_size"] == 1:
+            speeds[row["model"]] = max(row["samples_per_second"], speeds.get(row["model"], 0))
+    for number, (model, speed) in enumerate(speeds.items()):
+        look = {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)], "linestyle": ":"}
+        drawn, heard = (found[part][model]["pesq_wb"] for part in ("as_drawn", "synthesis"))
+        for axes, at in ((left, speed), (right, found["density"]["models"].get(model, {}).get("nll"))):
+            if at is not None:
+                axes.plot([at, at], [drawn, heard], **look, fillstyle="none")
+                axes.plot(at, heard, **look, label=model.replace("_", " "))
+    left.set(xscale="log", xlabel=f"samples/s, {counted(fewest)}", ylabel="PESQ, wide band (hollow: as drawn)")
+    right.set(xlabel="negative log-likelihood, nats a sample")
+    for axes in (left, right):
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 

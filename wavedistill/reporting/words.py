@@ -99,7 +99,10 @@ def systems(found: Mapping[str, Any]) -> dict[str, Named]:
     """The systems that were scored: the recordings, the models by name, what needs no training, and other systems."""
     also = found["about"]["also"]
     models = {
-        name: Named(f"{name[0].upper()}{name[1:]}", "all at once" if name in found["gates"] else "sample by sample")
+        name: Named(
+            f"{name[0].upper()}{name[1:]}".replace("_", " "),
+            "all at once" if name in found["gates"] else "sample by sample",
+        )
         for name in found["synthesis"]
         if name not in ("recorded", *BASELINES, *also)
     }

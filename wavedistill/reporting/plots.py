@@ -80,6 +80,10 @@ def ways_plot(found: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
                 axes.plot([at, at], [drawn, heard], **look, fillstyle="none")
                 axes.plot(at, heard, **look, label=model.replace("_", " "))
     left.set(xscale="log", xlabel=f"samples/s, {counted(fewest)}", ylabel="PESQ, wide band (hollow: as drawn)")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter("{x:,.0f}")
+    left.xaxis.set_minor_formatter(NullFormatter())
+    right.xaxis.set_major_locator(MaxNLocator(5))
     right.set(xlabel="negative log-likelihood, nats a sample")
     for axes in (left, right):
         axes.grid(color=GRID, linewidth=0.8)

@@ -15,7 +15,7 @@ from wavedistill.zoo.made import Made
 from wavedistill.zoo.teachers import Layers, Ours, Teacher, Vae, Zuko
 
 HIDDEN = (64, 64)
-NETWORKS = (zuko.nn.MLP, zuko.nn.MaskedMLP, Made, Bend, Contraction, nn.Sequential)
+NETWORKS = (zuko.nn.MLP, zuko.nn.MaskedMLP, Made, Bend, Radial, Contraction, nn.Sequential)
 """What counts as a call of a network, where it is not part of another."""
 
 

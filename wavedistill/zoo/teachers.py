@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from wavedistill.flows.bases import StandardNormal
 from wavedistill.flows.coupling import Flip
 from wavedistill.flows.distributions import FlowDistribution
-from wavedistill.flows.elementwise import Affine
+from wavedistill.flows.elementwise import Affine, Elementwise
+from wavedistill.flows.splines import RationalQuadraticSpline
 from wavedistill.flows.transforms import Autoregressive, Bound, Transform
 from wavedistill.sampling.sequential import repeated
 from wavedistill.zoo.layers import Layer
@@ -53,7 +54,7 @@ class Teacher(nn.Module):
 
 
 class Ours(Teacher):
-    r"""Flows of this package: affine autoregressive steps with masked perceptrons, between which the order is reversed.
+    r"""Flows of this package: autoregressive steps with masked perceptrons, between which the order is reversed.
 
     They read x (a MAF, whose density takes one pass) or z (an IAF, whose draws take one); the other direction takes as
     many passes as there are values.
@@ -62,15 +63,16 @@ class Ours(Teacher):
         features: D.
         reads: "x" or "z".
         steps: the number of flows.
+        bins: pieces of the splines that bend each value; 0 for affine steps.
     """
 
-    def __init__(self, features: int, reads: Any, steps: int = 8) -> None:
+    def __init__(self, features: int, reads: Literal["x", "z"], steps: int = 8, bins: int = 0) -> None:
         super().__init__()
         self.features = features
-        affine = Affine(MIN_LOG_SCALE)
+        each: Elementwise = RationalQuadraticSpline(bins, MIN_LOG_SCALE) if bins else Affine(MIN_LOG_SCALE)
         flows: list[Transform] = []
         for _ in range(steps):
-            flows += [Autoregressive(Made(features, affine.outputs), reads, affine), Flip(features, 0)]
+            flows += [Autoregressive(Made(features, each.outputs), reads, each), Flip(features, 0)]
         self.flows = nn.ModuleList(flows)
 
     def distribution(self) -> FlowDistribution:

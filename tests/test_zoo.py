@@ -1,0 +1,260 @@
+"""The zoo: its densities are densities, its bijections bijections, its students its teachers', and its page is whole."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.functional import jacobian
+from typer.testing import CliRunner
+
+from tests.conftest import noise
+from wavedistill.cli import zoo as command
+from wavedistill.cli.commands import app
+from wavedistill.flows.elementwise import Affine
+from wavedistill.flows.transforms import Autoregressive
+from wavedistill.sampling.sequential import repeated
+from wavedistill.zoo.layers import Contraction, Layer, MaskedConvolution, Planar, Radial, Residual, Sylvester
+from wavedistill.zoo.made import Made
+from wavedistill.zoo.targets import TARGETS, KnownDensity
+
+pytest.importorskip("zuko", reason="zuko is not installed: pip install -e '.[zoo]'")
+
+from wavedistill.zoo import fit  # noqa: E402
+from wavedistill.zoo.families import FAMILIES  # noqa: E402
+from wavedistill.zoo.teachers import Teacher, Vae  # noqa: E402
+
+FLOWS = [name for name in FAMILIES if name != "vae"]
+SOLVED = {"ffjord": 2e-2, "umnn": 1e-5, "naf": 1e-5, "sos": 1e-5, "residual": 1e-5}
+"""What is solved by steps or a search, to its tolerance; the others are exact to rounding."""
+LAYERS: dict[str, Any] = {
+    "planar": Planar,
+    "radial": Radial,
+    "sylvester": Sylvester,
+    "residual": lambda features: Residual(features, 8),
+    "convolution": lambda features: MaskedConvolution(features, 8),
+    "convolution back": lambda features: MaskedConvolution(features, 8, reverse=True),
+}
+
+
+def shaken(module: torch.nn.Module, seed: int = 0) -> Any:
+    """In float64, with parameters away from where they start."""
+    torch.manual_seed(seed)
+    for parameter in module.double().parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return module.eval()
+
+
+def log_det(function: Any, x: Tensor) -> Tensor:
+    """log|det| (B,) of the Jacobian of a function of points (B, D), by autograd."""
+    each = [jacobian(lambda point: function(point[None])[0], point) for point in x]
+    return torch.linalg.slogdet(torch.stack(each)).logabsdet
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if name != "table"])
+def test_a_density_of_the_plane_integrates_to_one_and_is_that_of_its_samples(name: str) -> None:
+    """Its entropy, from samples, is that from the integral."""
+    target = TARGETS[name].make()
+    assert isinstance(target, KnownDensity)
+    side = torch.linspace(-7, 7, 701, dtype=torch.float64)
+    grid = torch.cartesian_prod(side, side)
+    density = target.log_prob(grid).double()
+    cell = float(side[1] - side[0]) ** 2
+    assert float(density.exp().sum()) * cell == pytest.approx(1, abs=0.01)
+    entropy = float(-(density.exp() * density.clamp_min(-1e3)).sum()) * cell
+    x = target.sample(20000, torch.Generator().manual_seed(0))
+    assert float(-target.log_prob(x).mean()) == pytest.approx(entropy, abs=0.03)
+
+
+def test_the_table_keeps_rows_from_the_fits() -> None:
+    table = TARGETS["table"].make()
+    x, held_out = (draw(20000, torch.Generator().manual_seed(0)) for draw in (table.sample, table.held_out))
+    assert x.shape == (20000, 5)
+    assert held_out.shape == (114, 5)
+    assert float(x.std(0).mean()) == pytest.approx(math.hypot(1, 0.25), abs=0.05)
+
+
+@pytest.mark.parametrize("context", [0, 3])
+def test_a_masked_perceptron_sees_what_is_before_and_all_of_its_context(context: int) -> None:
+    made = shaken(Made(4, 2, hidden=16, context=context))
+    told = [noise(1, context)] if context else []
+    by_x = jacobian(lambda x: made(x, *told), noise(1, 4)).abs().sum((0, 2, 3))  # (t, input)
+    assert not by_x.triu().any()
+    assert (by_x + torch.ones(4, 4).triu() > 0).all(), "it does see the past"
+    if context:
+        assert (jacobian(lambda told: made(noise(1, 4), told), *told) != 0).all()
+
+
+@pytest.mark.parametrize("reads", ["x", "z"])
+def test_the_sequential_direction_by_repeated_passes_is_the_inverse(reads: Any) -> None:
+    flow = Autoregressive(shaken(Made(4, 2, hidden=16)), reads, Affine(-5.0))
+    given = noise(3, 4)
+    found, parameters = repeated(flow, given)
+    back, ladj = (flow.inverse if reads == "x" else flow)(found)
+    torch.testing.assert_close(back, given, rtol=0, atol=1e-10)
+    direction = flow.elementwise.to_z if reads == "x" else flow.elementwise.to_x
+    torch.testing.assert_close(direction(found, *parameters)[1], ladj, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("features", [2, 5])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_has_an_inverse_and_its_determinant(name: str, features: int) -> None:
+    torch.manual_seed(1)
+    layer: Layer = shaken(LAYERS[name](features))
+    x = 2 * noise(4, features)
+    z, ladj = layer(x)
+    torch.testing.assert_close(ladj, log_det(lambda x: layer(x)[0], x), rtol=0, atol=1e-8)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.invert(z), x, rtol=0, atol=1e-5)
+
+
+def test_folds_that_would_overlap_are_kept_from_it() -> None:
+    """Whatever a fit does to the parameters: a planar layer's w.u, a radial one's beta, a Sylvester one's product."""
+    planar, radial, sylvester = (make(2).double() for make in (Planar, Radial, Sylvester))
+    planar.raw_u.data = -30 * planar.w.data
+    radial.raw_beta.data -= 30
+    sylvester.product.data -= 30
+    x = 3 * noise(200, 2)
+    for layer in (planar, radial, sylvester):
+        ladj = layer(x)[1]
+        assert ladj.isfinite().all()
+        torch.testing.assert_close(ladj, log_det(lambda x, layer=layer: layer(x)[0], x), rtol=0, atol=1e-6)
+    assert float(planar.w @ planar.u) > -1
+
+
+def test_a_contraction_contracts_whatever_its_weights() -> None:
+    network = Contraction(3, 16).double()
+    for layer in network.layers:
+        layer.weight.data *= 50  # type: ignore[operator]
+    x, y = 5 * noise(500, 3), 5 * noise(500, 3)[torch.randperm(500)]
+    (at_x, jacobian_there), (at_y, _) = network(x), network(y)
+    assert ((at_x - at_y).norm(dim=1) <= 0.9 * (x - y).norm(dim=1) + 1e-12).all()
+    torch.testing.assert_close(
+        jacobian_there[0], jacobian(lambda point: network(point[None])[0][0], x[0]), rtol=0, atol=1e-8
+    )
+
+
+def test_a_masked_convolution_is_triangular_with_a_positive_diagonal() -> None:
+    for reverse in (False, True):
+        layer = shaken(MaskedConvolution(4, 8, reverse=reverse))
+        there = jacobian(lambda x, layer=layer: layer(x[None])[0][0], noise(4))
+        assert (there.diagonal() > 0).all()
+        assert not (there.tril(-1) if reverse else there.triu(1)).any()
+        assert (there.triu(1) if reverse else there.tril(-1)).any()
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_family_has_the_density_of_its_draws(name: str) -> None:
+    """Of a draw x(z): log p(x) = log N(z) - log|det dx/dz|, the determinant by differences where there is no gradient."""
+    torch.manual_seed(0)
+    teacher: Teacher = FAMILIES[name].make(2).double().eval()
+    z = noise(3, 2)
+    step = 1e-3
+    with torch.no_grad():
+        x = teacher.to_x(z)
+        columns = [(teacher.to_x(z + step * way) - teacher.to_x(z - step * way)) / (2 * step) for way in torch.eye(2)]
+        ladj = torch.linalg.slogdet(torch.stack(columns, -1)).logabsdet
+        expected = (-0.5 * (z.square() + math.log(2 * math.pi))).sum(1) - ladj
+        torch.testing.assert_close(teacher.log_prob(x), expected, rtol=0, atol=max(2e-3, SOLVED.get(name, 0)))
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.differentiable])
+def test_what_may_be_fitted_by_its_own_draws_has_their_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    teacher = FAMILIES[name].make(2).double()
+    x, log_q = teacher.rsample_and_log_prob(noise(3, 2))
+    torch.testing.assert_close(log_q, teacher.log_prob(x), rtol=0, atol=1e-6)
+    x.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in teacher.parameters())
+
+
+def test_a_vae_bounds_its_likelihood_and_more_draws_make_it_tight() -> None:
+    """Against the sum over a grid of latents."""
+    vae = shaken(Vae(2, hidden=8, context=3))
+    x = noise(6, 2)
+    side = torch.linspace(-6, 6, 301, dtype=torch.float64)
+    latents = torch.cartesian_prod(side, side)
+    with torch.no_grad():
+        joint = torch.stack([vae.log_joint(point.expand(len(latents), 2), latents) for point in x])
+        exact = torch.logsumexp(joint, 1) + 2 * math.log(side[1] - side[0])
+        one, many = (torch.stack([vae.bound(x, draws) for _ in range(200)]) for draws in (1, 200))
+    assert (one.mean(0) < exact + 0.05).all()
+    assert float((exact - one.mean(0)).mean()) > 0.01, "a bound, and no more"
+    torch.testing.assert_close(many.exp().mean(0).log(), exact, rtol=0, atol=0.05)
+
+
+def test_evaluations_are_counted_point_by_point() -> None:
+    counts = {}
+    for name in ("maf", "iaf", "realnvp", "planar"):
+        found = fit.cost(FAMILIES[name].make(2), torch.Generator().manual_seed(0))
+        counts[name] = found["evaluations_to_draw"], found["evaluations_to_evaluate"]
+    assert counts["maf"] == (16, 8), "eight steps, of two values each"
+    assert counts["iaf"] == (8, 16)
+    assert counts["realnvp"] == (8, 8)
+    assert counts["planar"][1] == 24
+    assert counts["planar"][0] > 24 * 30, "a search for a root in every layer"
+
+
+@pytest.mark.slow
+def test_distillation_brings_a_student_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {steps: fit.examine(fit.Pair("realnvp", "waves", 0, steps))[0] for steps in (2, 150)}
+    assert figures[150]["fitted_by"] == "reverse KL"
+    assert figures[150]["kl"] + 10 * figures[150]["kl_error"] < figures[2]["kl"] + 10 * figures[2]["kl_error"]
+    assert figures[150]["kl"] < 0.5
+    assert figures[150]["teacher_nll"] < figures[2]["teacher_nll"]
+
+
+# The command line
+
+
+def invoke(*words: str) -> Any:
+    return CliRunner().invoke(app, ["zoo", *words])
+
+
+def test_unknown_names_are_answered_with_those_there_are() -> None:
+    assert "there are planar, radial" in flat(invoke("--family", "dodo").output)
+    assert "there are moons, rings" in flat(invoke("--density", "suns").output)
+    assert "leave out --density" in flat(invoke("--density", "moons", "--all").output)
+
+
+def flat(text: str) -> str:
+    """Without the frame and line breaks of an error."""
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "PACKAGES", ("zuko", "no_such_package"))
+    assert str(invoke().exception) == "zoo: no_such_package not installed; pip install 'wavedistill[zoo]'"
+
+
+def test_each_family_meets_its_own_density_and_the_common_ones() -> None:
+    from wavedistill.zoo.run import chosen
+
+    assert [pair.target for pair in chosen(["glow"], [], 0, 9, every=False)] == ["moons", "waves", "table"]
+    assert len(chosen([], [], 0, 9, every=True)) == len(FAMILIES) * len(TARGETS)
+    shown = {pair.target for pair in chosen([], [], 0, 9, every=False)}
+    assert shown == set(TARGETS), "each density is seen by default"
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_page_and_figures_that_depend_on_its_seed_alone(tmp_path: Path) -> None:
+    found = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        done = invoke("--family", "glow", "--family", "radial", "--density", "moons", "--steps", "3", "--out", str(out))
+        assert done.exit_code == 0, done.output
+        found.append(json.loads((out / "zoo.json").read_text()))
+    timeless = [
+        [{key: value for key, value in pair.items() if "seconds" not in key} for pair in each["pairs"]]
+        for each in found
+    ]
+    assert timeless[0] == timeless[1]
+    assert [pair["family"] for pair in timeless[0]] == ["radial", "glow"], "in the table's order"
+    page = (tmp_path / "one" / "index.html").read_text()
+    assert page.count("data:image/webp") == 6
+    assert not re.search(r'(src|href)="https?:', page), "it asks nobody"
+    for pair in timeless[0]:
+        assert f"{pair['kl']:.3f} ± {pair['kl_error']:.3f}".replace("-", "−") in page

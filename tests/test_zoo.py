@@ -1,4 +1,4 @@
-"""The zoo: its densities are densities, its bijections bijections, its students its teachers', and its page is whole."""
+"""The zoo: its densities are densities, its bijections bijections, and its page is whole."""
 
 import json
 import math
@@ -24,9 +24,9 @@ from wavedistill.zoo.targets import TARGETS, KnownDensity
 
 pytest.importorskip("zuko", reason="zuko is not installed: pip install -e '.[zoo]'")
 
-from wavedistill.zoo import fit  # noqa: E402
-from wavedistill.zoo.families import FAMILIES  # noqa: E402
-from wavedistill.zoo.teachers import Teacher, Vae  # noqa: E402
+from wavedistill.zoo import fit
+from wavedistill.zoo.families import FAMILIES
+from wavedistill.zoo.teachers import Teacher, Vae
 
 FLOWS = [name for name in FAMILIES if name != "vae"]
 SOLVED = {"ffjord": 2e-2, "umnn": 1e-5, "naf": 1e-5, "sos": 1e-5, "residual": 1e-5}
@@ -149,7 +149,7 @@ def test_a_masked_convolution_is_triangular_with_a_positive_diagonal() -> None:
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_family_has_the_density_of_its_draws(name: str) -> None:
-    """Of a draw x(z): log p(x) = log N(z) - log|det dx/dz|, the determinant by differences where there is no gradient."""
+    """Of a draw x(z): log p(x) = log N(z) - log|det dx/dz|, and the determinant is found by differences."""
     torch.manual_seed(0)
     teacher: Teacher = FAMILIES[name].make(2).double().eval()
     z = noise(3, 2)
@@ -257,4 +257,4 @@ def test_a_run_leaves_a_page_and_figures_that_depend_on_its_seed_alone(tmp_path:
     assert page.count("data:image/webp") == 6
     assert not re.search(r'(src|href)="https?:', page), "it asks nobody"
     for pair in timeless[0]:
-        assert f"{pair['kl']:.3f} ± {pair['kl_error']:.3f}".replace("-", "−") in page
+        assert f"{pair['kl']:.3f} ± {pair['kl_error']:.3f}".replace("-", "\N{MINUS SIGN}") in page

@@ -32,10 +32,10 @@ def zoo(
     ] = 500,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same figures.")] = 0,
 ) -> None:
-    """Fit densities of every family of normalizing flows, distil each into an inverse autoregressive flow, and show both.
+    """Fit every family of normalizing flows, distil each into an inverse autoregressive flow, and show both.
 
-    The densities are eight of the plane and a small table of measurements; the distillation is that of speech. It takes
-    less than five minutes on two processors, and needs `pip install 'wavedistill[zoo]'`.
+    The densities are eight of the plane and a small table of measurements; the distillation is that of speech. It is
+    work of some minutes for two processors, and needs `pip install 'wavedistill[zoo]'`.
 
     Examples:
 

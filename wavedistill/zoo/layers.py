@@ -6,6 +6,7 @@ that cannot fail: bisection of an increasing function, or the fixed point of a c
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +168,7 @@ class Contraction(nn.Module):
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()
         sizes = (features, hidden, hidden, features)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """g(x) (B, D) and dg/dx (B, D, D), of which the first index is that of g."""
@@ -209,7 +210,7 @@ class Residual(Layer):
 
 
 class MaskedConvolution(Layer):
-    r"""Two causal convolutions over the values of a point, which see the value itself, too (Song et al. 2019, *MintNet*).
+    r"""Two causal convolutions over the values of a point, which see the value itself (Song et al. 2019, *MintNet*).
 
     .. math:: z_i = t x_i + \sum_c (w'_c * a)_i, \quad a_c = \tanh(w_c * x + b_c), \qquad
               \log|\det J| = \sum_i \log\Big(t + \sum_c w'_{c0} \tanh'_{ci} w_{c0}\Big)

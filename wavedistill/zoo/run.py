@@ -45,7 +45,7 @@ def chosen(families: Sequence[str], targets: Sequence[str], seed: int, steps: in
 
 
 def run(pairs: Sequence[Pair], folder: Path) -> str:
-    """Examine pairs, and write `index.html` and `zoo.json` into a folder, also of those that are done when it is cut short.
+    """Examine pairs, and write `index.html` and `zoo.json` into a folder; if it is cut short, of those that are done.
 
     Returns:
         A line on what was done.

@@ -1,4 +1,4 @@
-"""The densities that are distilled: what a flow of another library, of ours, or a model with a latent have in common."""
+"""The densities that are distilled: flows of another library, ours, and a model with a latent."""
 
 import math
 from collections.abc import Sequence

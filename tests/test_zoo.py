@@ -60,14 +60,14 @@ def test_a_density_of_the_plane_integrates_to_one_and_is_that_of_its_samples(nam
     """Its entropy, from samples, is that from the integral."""
     target = TARGETS[name].make()
     assert isinstance(target, KnownDensity)
-    side = torch.linspace(-7, 7, 701, dtype=torch.float64)
+    cell = 0.05  # of which every side of a square is a multiple
+    side = cell * (torch.arange(-140, 140, dtype=torch.float64) + 0.5)
     grid = torch.cartesian_prod(side, side)
-    density = target.log_prob(grid).double()
-    cell = float(side[1] - side[0]) ** 2
-    assert float(density.exp().sum()) * cell == pytest.approx(1, abs=0.01)
-    entropy = float(-(density.exp() * density.clamp_min(-1e3)).sum()) * cell
-    x = target.sample(20000, torch.Generator().manual_seed(0))
-    assert float(-target.log_prob(x).mean()) == pytest.approx(entropy, abs=0.03)
+    density = torch.cat([target.log_prob(part) for part in grid.split(2000)])
+    assert float(density.exp().sum()) * cell**2 == pytest.approx(1, abs=0.002)
+    entropy = float(-(density.exp() * density.clamp_min(-1e3)).sum()) * cell**2
+    x = target.sample(8000, torch.Generator().manual_seed(0))
+    assert float(-torch.cat([target.log_prob(part) for part in x.split(2000)]).mean()) == pytest.approx(entropy, abs=0.05)
 
 
 def test_the_table_keeps_rows_from_the_fits() -> None:
@@ -128,11 +128,11 @@ def test_folds_that_would_overlap_are_kept_from_it() -> None:
 
 def test_a_contraction_contracts_whatever_its_weights() -> None:
     network = Contraction(3, 16).double()
-    for layer in network.layers:
-        layer.weight.data *= 50  # type: ignore[operator]
+    for layer in (network.first, network.last):
+        layer.weight.data *= 50
     x, y = 5 * noise(500, 3), 5 * noise(500, 3)[torch.randperm(500)]
     (at_x, jacobian_there), (at_y, _) = network(x), network(y)
-    assert ((at_x - at_y).norm(dim=1) <= 0.9 * (x - y).norm(dim=1) + 1e-12).all()
+    assert ((at_x - at_y).norm(dim=1) <= 0.95 * (x - y).norm(dim=1) + 1e-12).all()
     torch.testing.assert_close(
         jacobian_there[0], jacobian(lambda point: network(point[None])[0][0], x[0]), rtol=0, atol=1e-8
     )
@@ -156,7 +156,7 @@ def test_a_family_has_the_density_of_its_draws(name: str) -> None:
     step = 1e-3
     with torch.no_grad():
         x = teacher.to_x(z)
-        columns = [(teacher.to_x(z + step * way) - teacher.to_x(z - step * way)) / (2 * step) for way in torch.eye(2)]
+        columns = [(teacher.to_x(z + step * e) - teacher.to_x(z - step * e)) / (2 * step) for e in torch.eye(2)]
         ladj = torch.linalg.slogdet(torch.stack(columns, -1)).logabsdet
         expected = (-0.5 * (z.square() + math.log(2 * math.pi))).sum(1) - ladj
         torch.testing.assert_close(teacher.log_prob(x), expected, rtol=0, atol=max(2e-3, SOLVED.get(name, 0)))

@@ -192,7 +192,6 @@ FAMILIES: dict[str, Family] = {
         "ours",
         partial(Ours, reads="z"),
         "waves",
-        pace=0.6,
         differentiable=True,
     ),
     "naf": Family(
@@ -229,7 +228,7 @@ FAMILIES: dict[str, Family] = {
         "zuko",
         partial(_theirs, theirs.UNAF, transforms=1, signal=8, network={"hidden_features": (16, 16)}),
         "gaussians",
-        pace=0.25,
+        pace=0.5,
         drawn=400,
     ),
     "spline": Family(
@@ -253,9 +252,8 @@ FAMILIES: dict[str, Family] = {
         ONE_PASS,
         "x ← z − g(x), until it stands",
         "ours",
-        partial(_layers, Residual, 8),
+        partial(_layers, Residual, 12),
         "swissroll",
-        pace=0.6,
     ),
     "ffjord": Family(
         "FFJORD",
@@ -267,7 +265,7 @@ FAMILIES: dict[str, Family] = {
         "zuko",
         partial(_theirs, theirs.CNF, atol=1e-3, rtol=1e-3),
         "spirals",
-        pace=0.15,
+        pace=0.3,
     ),
     "mintnet": Family(
         "MintNet, masked convolution",
@@ -291,5 +289,6 @@ FAMILIES: dict[str, Family] = {
         "ours",
         Vae,
         "swissroll",
+        pace=1.5,
     ),
 }

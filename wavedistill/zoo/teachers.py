@@ -195,7 +195,8 @@ class Vae(Teacher):
 
     def _decoded(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         shift, log_scale = self.decoder(latent).tensor_split(2, 1)
-        return shift, -3 + F.softplus(log_scale + 3)  # a deviation of nothing would have a density without bounds
+        # A deviation of nothing would have a density without bounds; at first it is small, or the latent is ignored.
+        return shift, -3 + F.softplus(log_scale + 1)
 
 
 def _perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

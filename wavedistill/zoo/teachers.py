@@ -68,7 +68,7 @@ class Ours(Teacher):
 
     def __init__(self, features: int, reads: Literal["x", "z"], steps: int = 8, bins: int = 0) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.reads = features, reads
         each: Elementwise = RationalQuadraticSpline(bins, MIN_LOG_SCALE) if bins else Affine(MIN_LOG_SCALE)
         flows: list[Transform] = []
         for _ in range(steps):
@@ -97,6 +97,8 @@ class Ours(Teacher):
         return noise
 
     def rsample_and_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        if self.reads == "x":
+            return super().rsample_and_log_prob(noise)
         return self.distribution().rsample_and_log_prob(noise)
 
 

@@ -6,6 +6,7 @@ that cannot fail: bisection of an increasing function, or the fixed point of a c
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -149,14 +150,14 @@ class Sylvester(Layer):
         for i in reversed(range(z.shape[1])):
             wanted, inner = turned[:, i] - bent @ r[i], v @ second[i] + self.b[i]
             own, scale = r[i, i], second[i, i]
-
-            def above(value: Tensor, own: Tensor, scale: Tensor, inner: Tensor, wanted: Tensor) -> Tensor:
-                return value + own * self.bend(scale * value + inner)[0] - wanted
-
-            known = (own, scale, inner, wanted)
-            v[:, i] = root(lambda value, known=known: above(value, *known), wanted - own.abs(), wanted + own.abs())
+            beyond = partial(self._beyond, own, scale, inner, wanted)
+            v[:, i] = root(beyond, wanted - own.abs(), wanted + own.abs())
             bent[:, i] = self.bend(scale * v[:, i] + inner)[0]
         return v @ q.T
+
+    def _beyond(self, own: Tensor, scale: Tensor, inner: Tensor, wanted: Tensor, value: Tensor) -> Tensor:
+        """How far beyond what is wanted one of the values (B,) in the coordinates Q^T x leads."""
+        return value + own * self.bend(scale * value + inner)[0] - wanted
 
 
 class Contraction(nn.Module):
@@ -171,8 +172,8 @@ class Contraction(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(features, hidden), nn.Linear(hidden, features)
         with torch.no_grad():  # folds of different places and directions to begin with
-            self.first.weight *= 2
-            self.first.bias *= 3
+            self.first.weight.mul_(2)
+            self.first.bias.mul_(3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """g(x) (B, D) and dg/dx (B, D, D), of which the first index is that of g."""

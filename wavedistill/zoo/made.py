@@ -23,6 +23,10 @@ class Made(nn.Module):
         context: values in a context c (B, context), which every output may see.
     """
 
+    first_mask: Tensor
+    second_mask: Tensor
+    last_mask: Tensor
+
     def __init__(self, features: int, outputs: int, hidden: int = 64, context: int = 0) -> None:
         super().__init__()
         self.outputs = outputs
@@ -52,5 +56,5 @@ class Made(nn.Module):
         return raw.unflatten(-1, (-1, self.outputs))
 
     @staticmethod
-    def _masked(layer: nn.Linear, mask: Tensor | nn.Module, x: Tensor) -> Tensor:
+    def _masked(layer: nn.Linear, mask: Tensor, x: Tensor) -> Tensor:
         return F.linear(x, layer.weight * mask, layer.bias)

@@ -92,8 +92,10 @@ class Ours(Teacher):
 
     def to_x(self, noise: Tensor) -> Tensor:
         for flow, _ in self.distribution().steps:
-            sequential = isinstance(flow, Autoregressive) and flow.reads == "x"
-            noise = repeated(flow, noise)[0] if sequential else flow(noise)[0]
+            if isinstance(flow, Autoregressive) and flow.reads == "x":
+                noise, _ = repeated(flow, noise)
+            else:
+                noise, _ = flow(noise)
         return noise
 
     def rsample_and_log_prob(self, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import REPOSITORY
 from tests.test_cli import wavedistill
 from wavedistill.checking import doctor, exactness
 from wavedistill.sampling import sequential
@@ -77,6 +79,8 @@ def test_what_is_missing_and_may_be_is_said_with_its_use(monkeypatch: pytest.Mon
         'none  extra demo, pesq: not installed; for PESQ, one of the scores of speech: pip install "wavedistill[demo]"'
     )
     assert found["extra onnx, onnx"].state == "ok"
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert set(doctor.EXTRAS) == set(project["optional-dependencies"])
     assert found["C compiler"].state == found["C++ compiler"].state == "none"
     assert "pesq" in found["C compiler"].words
 

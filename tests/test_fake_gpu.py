@@ -16,6 +16,7 @@ from tests.conftest import RECIPES, told
 from wavedistill.corpus.segments import Batch, dequantise
 from wavedistill.flows.bases import StandardNormal
 from wavedistill.flows.elementwise import MixtureCdf
+from wavedistill.flows.roots import LOOK_EVERY
 from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.loading import load_recipe, validate_recipe
@@ -167,4 +168,4 @@ def test_a_mixture_is_searched_with_few_looks(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(mixture, "to_z", lambda *args: (looks.append(1), steps(*args))[1])
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         mixture.to_x(there(5), there(5, 3), there(5, 3), there(5, 3))
-    assert len(looks) == MixtureCdf.LOOK_EVERY
+    assert len(looks) == LOOK_EVERY

@@ -347,7 +347,7 @@ def test_conditionals_of_a_teacher_are_the_terms_of_its_density() -> None:
 
 def test_a_mixture_s_inverse_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs at every step of a sequential sampler: Newton's method, not the bisection that keeps it safe."""
-    monkeypatch.setattr(MixtureCdf, "ITERATIONS", 20)
+    monkeypatch.setattr("wavedistill.flows.roots.ITERATIONS", 20)
     for base in BASES.values():
         mixture, z = (
             MixtureCdf(base, 3, -5.0),

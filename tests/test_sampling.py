@@ -187,7 +187,7 @@ def test_student_sampling_is_its_one_pass() -> None:
 @pytest.mark.parametrize("kind", ["student", "squeezed"])
 def test_a_stream_equals_one_pass(pieces: int, pitch: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The past of every layer, of linear prediction and of the source's phase cross the borders of blocks."""
-    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6 if kind == "student" else 24 * 3)
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 7 if kind == "student" else 24 * 4)
     model = small_model(kind, pitch=pitch)
     mel, z = small_mel(2, 38).within(model.margin), noise(2, 38 * 8)
     blocks = list(stream(model, split(mel, pieces), slices(z)))
@@ -199,7 +199,7 @@ def test_a_stream_equals_one_pass(pieces: int, pitch: bool, kind: str, monkeypat
 @pytest.mark.skipif(compiler() is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_stream_by_compiled_networks_equals_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of full length are compiled, once; the short ones at the ends of pieces are not."""
-    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6)
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 7)
     model, mel, z = small_model("student"), small_mel(2, 38), noise(2, 38 * 8)
     torch._dynamo.reset()
     blocks = list(stream(model, split(mel, [25, 23]), slices(z), compiled=True))
@@ -251,7 +251,7 @@ def test_memory_of_a_stream_does_not_grow_with_its_length(tiny: Recipe) -> None:
 @pytest.mark.parametrize("pieces", [1, 40])
 def test_a_stream_in_float32_equals_one_pass(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding differs with the length of a block; it must not decide on harmonics, nor ring on in a filter."""
-    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 6)
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 7)
     model = small_model("student").float()
     mel, z = narrow(small_mel(2, 38)), noise(2, 38 * 8).float()
     streamed = torch.cat(list(stream(model, split(mel, pieces), slices(z))), 1)

@@ -1,4 +1,4 @@
-"""Rational-quadratic splines and shifts as elementwise bijections: in torch, in compiled code, and of a teacher."""
+"""Splines as elementwise bijections, and what they share with shifts and polynomials: compiled steps, samplers."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ from tests.conftest import noise, small_flow
 from wavedistill.flows.bases import StandardNormal
 from wavedistill.flows.distributions import Conditionals
 from wavedistill.flows.elementwise import Affine, Elementwise, Shift, solve_step
+from wavedistill.flows.polynomials import SumOfSquares
 from wavedistill.flows.splines import BOUND, LEAST_SHARE, LEAST_SLOPE, RationalQuadraticSpline
 from wavedistill.flows.transforms import Autoregressive
 from wavedistill.models.kinds import build
@@ -89,7 +90,7 @@ def test_gradients_reach_every_output_in_float32_and_stay_finite() -> None:
     assert (raw.grad.abs().sum(0) > 0).all()
 
 
-ELEMENTWISE: list[Elementwise] = [RationalQuadraticSpline(3, -5.0), Shift()]
+ELEMENTWISE: list[Elementwise] = [RationalQuadraticSpline(3, -5.0), SumOfSquares(2, 3, -5.0), Shift()]
 
 
 @numba.njit
@@ -149,10 +150,10 @@ def test_draws_of_every_step_have_pieces_of_their_own_step() -> None:
 
 def test_a_recipe_asks_for_a_spline(tiny_data: dict[str, Any]) -> None:
     tiny_data["models"]["teacher"].update(elementwise="spline", bins=6)
-    with pytest.raises(RecipeError, match=r'without a spline.*use "mc-k"'):
+    with pytest.raises(RecipeError, match=r'elementwise = "mixture".*use "mc-k"'):
         validate_recipe(tiny_data, "tiny.toml")
     tiny_data["training"]["student"]["loss"].update(kl_estimator="mc-k", log_scale=1)
-    with pytest.raises(RecipeError, match=r"log_scale compares.*without a spline"):
+    with pytest.raises(RecipeError, match=r"log_scale compares.*elementwise to \"mixture\""):
         validate_recipe(tiny_data, "tiny.toml")
     tiny_data["training"]["student"]["loss"]["log_scale"] = 0
     (flow,) = build(validate_recipe(tiny_data, "tiny.toml"), "teacher", 0).flows

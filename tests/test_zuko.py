@@ -16,6 +16,8 @@ from wavedistill.flows.bases import StandardNormal
 from wavedistill.flows.coupling import CouplingLayer
 from wavedistill.flows.distributions import FlowDistribution
 from wavedistill.flows.elementwise import Affine
+from wavedistill.flows.polynomials import BOUND as POLYNOMIAL_BOUND
+from wavedistill.flows.polynomials import LEAST_SLOPE, SumOfSquares
 from wavedistill.flows.splines import BOUND, RationalQuadraticSpline
 from wavedistill.flows.transforms import Autoregressive, Bound
 
@@ -108,6 +110,22 @@ def test_an_autoregressive_spline_flow_has_zuko_s_density() -> None:
         ours = FlowDistribution(StandardNormal(), [Bound(flow, context)])
         expected = distributions.NormalizingFlow(theirs, normal()).log_prob(x)
         torch.testing.assert_close(ours.log_prob(x), expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(("polynomials", "degree"), [(1, 1), (2, 3), (3, 4)])
+def test_a_sum_of_squares_is_zuko_s_of_the_same_coefficients(polynomials: int, degree: int) -> None:
+    """Up to the bound, where ours has no affine part; zuko's weighs the least slope otherwise, hence the factor."""
+    sums, share = SumOfSquares(polynomials, degree, -40.0), 1 - LEAST_SLOPE
+    _, _, a = sums.parameters(noise(400, sums.outputs, seed=4))
+    plain = torch.zeros(400).double(), torch.zeros(400).double(), a
+    u = POLYNOMIAL_BOUND * (2 * torch.rand(400, generator=torch.Generator().manual_seed(2)).double() - 1)
+    theirs = transforms.SOSPolynomialTransform(a, slope=LEAST_SLOPE / share, bound=POLYNOMIAL_BOUND, eps=1e-9)
+    expected, expected_ladj = theirs.call_and_ladj(u)
+    z, ladj = sums.to_z(u, *plain)
+    torch.testing.assert_close(z, share * expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ladj, expected_ladj + math.log(share), rtol=0, atol=1e-8)
+    # Theirs is found by bisection, to the eps it is given.
+    torch.testing.assert_close(sums.to_x(z, *plain)[0], theirs.inv(z / share), rtol=0, atol=1e-8)
 
 
 def test_a_coupling_layer_has_zuko_s_density() -> None:

@@ -69,7 +69,7 @@ def jobs(recipe: Recipe, device: torch.device, lengths: Iterable[tuple[int, floa
                     for sampler in samplers
                 ]
             elif isinstance(kind, Maf):
-                graphed: Sequential | None = "graphed" if kind.components == 1 else None
+                graphed: Sequential | None = "graphed" if kind.recordable else None
                 fast: Sequential | None = "compiled" if device.type == "cpu" else graphed
                 found.append(Job(name, "naive", count, 1, recipe.benchmark.naive_samples))
                 for batch_size, seconds in lengths:

@@ -26,6 +26,9 @@ EXTRAS = {
         "onnxscript": "`wavedistill export` to ONNX",
         "onnxruntime": "running what it exports",
     },
+    "media": {"av": "recordings as m4a, mp4, webm"},
+    "zoo": {"zuko": "`wavedistill zoo`", "sklearn": "`wavedistill zoo`", "torchflows": "tests against other flows"},
+    "docs": {"sphinx": "the documents as a site"},
     "dev": {"pytest": "the tests", "ruff": "style", "mypy": "types"},
 }
 """Packages that work can do without, by the extra that installs them, and what they are for."""

@@ -17,6 +17,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from wavedistill.flows.bases import Base, StandardNormal
+from wavedistill.flows.roots import compiled_root, root
 
 Parameters = tuple[Tensor, ...]
 """What an elementwise bijection is given for every step: tensors of shape (B, T), or (B, T, K) for K components."""
@@ -186,10 +187,6 @@ class MixtureCdf(Elementwise):
     """
 
     recordable = False  # its search ends where values say so
-    ITERATIONS = 100
-    """At most; about ten are usual."""
-    LOOK_EVERY = 8
-    """Iterations on a GPU between two looks at whether all has settled."""
 
     def __init__(self, component: Base, components: int, min_log_scale: float) -> None:
         self.component, self.components, self.min_log_scale = component, components, min_log_scale
@@ -223,18 +220,7 @@ class MixtureCdf(Elementwise):
         _, shift, log_scale = parameters
         # Where each component alone would have it: the mixture lies between the outermost.
         alone = shift + log_scale.exp() * self.component.quantile(z).unsqueeze(-1)
-        low, high = alone.amin(-1), alone.amax(-1)
-        x = (low + high) / 2
-        for i in range(1, self.ITERATIONS + 1):
-            found, slope = self.to_z(x, *parameters)
-            low, high = torch.where(found < z, x, low), torch.where(found < z, high, x)
-            step, eps = (found - z) * (-slope).exp(), torch.finfo(x.dtype).eps
-            settled = (step.abs() <= 2 * eps * x.abs()) | ((found - z).abs() <= 4 * eps * (1 + z.abs()))
-            inside = (x - step > low) & (x - step < high)
-            x = torch.where(settled | inside, x - step, (low + high) / 2)
-            # To look at a value stops a GPU until it is there; once settled, further steps change nothing.
-            if (x.device.type == "cpu" or i % self.LOOK_EVERY == 0) and settled.all():
-                break
+        x = root(lambda x: self.to_z(x, *parameters), z, alone.amin(-1), alone.amax(-1))
         return x, -self.to_z(x, *parameters)[1]
 
 
@@ -246,10 +232,6 @@ class MixtureStep(NamedTuple):
     normal: bool
 
 
-NEWTON_STEPS = MixtureCdf.ITERATIONS
-"""For compiled code, which reads no attribute of a class."""
-
-
 @overload(solve_step)
 def _solve_mixture(raw: Any, given: Any, constants: Any) -> Callable[..., Any] | None:
     """As `MixtureCdf`, for one value, in float64."""
@@ -259,30 +241,18 @@ def _solve_mixture(raw: Any, given: Any, constants: Any) -> Callable[..., Any] |
     def solve(raw: Any, given: Any, constants: Any) -> Any:
         components = _components(raw, constants.min_log_scale)
         if not constants.to_x:
-            return _mixture_to_z(components, given, constants.normal)[0]
+            return _mixture_to_z(given, components, constants.normal)[0]
         # A bracket that grows from the middle of the components until it holds the solution.
         middle, width = components[1].mean(), 1.0
         low, high = middle - width, middle + width
-        while _mixture_to_z(components, low, constants.normal)[0] > given:
+        while _mixture_to_z(low, components, constants.normal)[0] > given:
             width *= 2
             low -= width
         width = 1.0
-        while _mixture_to_z(components, high, constants.normal)[0] < given:
+        while _mixture_to_z(high, components, constants.normal)[0] < given:
             width *= 2
             high += width
-        x = (low + high) / 2
-        for _ in range(NEWTON_STEPS):
-            found, slope = _mixture_to_z(components, x, constants.normal)
-            if found < given:
-                low = x
-            else:
-                high = x
-            step = (found - given) * math.exp(-slope)
-            settled = abs(step) <= 4e-16 * abs(x) or abs(found - given) <= 1e-15 * (1 + abs(given))
-            x = x - step if settled or low < x - step < high else (low + high) / 2
-            if settled:
-                break
-        return x
+        return compiled_root(_mixture_to_z, (components, constants.normal), given, low, high)
 
     return solve
 
@@ -314,7 +284,7 @@ def _components(raw: np.ndarray, min_log_scale: float) -> np.ndarray:
 
 
 @numba.njit(cache=True)
-def _mixture_to_z(components: np.ndarray, x: float, normal: bool) -> tuple[float, float]:
+def _mixture_to_z(x: float, components: np.ndarray, normal: bool) -> tuple[float, float]:
     """z and log dz/dx of a mixture at x."""
     terms = np.empty((3, components.shape[1]))
     for i in range(components.shape[1]):

@@ -7,6 +7,7 @@ import torch
 from wavedistill.flows.bases import BASES, Base
 from wavedistill.flows.coupling import ActNorm, CouplingLayer, Flip, InvertibleConv
 from wavedistill.flows.elementwise import Affine, Elementwise, MixtureCdf, Shift
+from wavedistill.flows.polynomials import SumOfSquares
 from wavedistill.flows.splines import RationalQuadraticSpline
 from wavedistill.flows.transforms import Autoregressive, Scale, Transform
 from wavedistill.models.waveform import WaveformModel
@@ -45,6 +46,8 @@ def maf(settings: Maf, recipe: Recipe) -> WaveformModel:
         elementwise = MixtureCdf(BASES[settings.base], settings.components, settings.min_log_scale)
     if settings.elementwise == "spline":
         elementwise = RationalQuadraticSpline(settings.bins, settings.min_log_scale)
+    elif settings.elementwise == "sos":
+        elementwise = SumOfSquares(settings.polynomials, settings.degree, settings.min_log_scale)
     base = BASES[settings.noise]
     network = _network(recipe, settings, settings.layers, elementwise)
     _start_at_unit_variance(network, elementwise, base)

@@ -46,10 +46,14 @@ class Maf(Section):
     """The shape of a sample's density given the ones before."""
     components: Annotated[int, Field(ge=1, le=100)] = 1
     """How many of them are mixed."""
-    elementwise: Literal["mixture", "spline"] = "mixture"
+    elementwise: Literal["mixture", "spline", "sos"] = "mixture"
     """What a sample is of its noise: a draw of the mixture, which of one component is an affine function; or an affine
-    function that a monotonic spline has bent."""
+    function that a monotonic spline has bent, or the integral of a sum of squared polynomials."""
     bins: Bins = 8
+    polynomials: Annotated[int, Field(ge=1, le=16)] = 2
+    """In a sum of squares, where there is one."""
+    degree: Annotated[int, Field(ge=1, le=16)] = 3
+    """Of each of them."""
     layers: Layers = 20
     min_log_scale: Annotated[float, Field(lt=0)] = -4.5
     """Lower bound of log_scale, in nats, for a residual of about unit variance."""
@@ -59,6 +63,11 @@ class Maf(Section):
     def affine(self) -> bool:
         """Whether a sample is an affine function of its noise."""
         return self.components == 1 and self.elementwise == "mixture"
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a draw of a sample looks at no value, so that a CUDA graph of it can be recorded."""
+        return self.components == 1 and self.elementwise != "sos"
 
     @property
     def receptive_field(self) -> int:
@@ -72,9 +81,9 @@ class Maf(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Maf":
-        if self.components > 1 and self.elementwise == "spline":
+        if self.components > 1 and self.elementwise != "mixture":
             raise ValueError(
-                f'elementwise = "spline" has one component, not {self.components}: set components = 1, or '
+                f'elementwise = "{self.elementwise}" has one component, not {self.components}: set components = 1, or '
                 'elementwise = "mixture"'
             )
         return self

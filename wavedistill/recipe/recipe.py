@@ -170,13 +170,13 @@ class Recipe(Section):
             gaussian = {teacher.base, student.base} == {"normal"} and teacher.affine
             if loss.kl_estimator == "closed" and not gaussian:
                 raise ValueError(
-                    f'{here}.loss.kl_estimator = "closed" needs {of}.base = "normal", {of}.components = 1 without a '
-                    f'spline and models.{name}.base = "normal"; use "mc-k" for other densities'
+                    f'{here}.loss.kl_estimator = "closed" needs {of}.base = "normal", {of}.components = 1, '
+                    f'{of}.elementwise = "mixture" and models.{name}.base = "normal"; use "mc-k" for other densities'
                 )
             if loss.log_scale and (not teacher.affine or teacher.base != student.base):
                 raise ValueError(
                     f"{here}.loss.log_scale compares log-scales of densities of one kind: set it to 0, or {of}.base to "
-                    f"models.{name}.base and {of}.components to 1, without a spline"
+                    f'models.{name}.base, {of}.components to 1 and {of}.elementwise to "mixture"'
                 )
             if (loss.x_reconstruction or loss.z_reconstruction) and teacher.noise != student.noise:
                 raise ValueError(

@@ -15,7 +15,7 @@ from wavedistill.speech.consistency import MelConsistency
 from wavedistill.speech.linear_prediction import LinearPrediction
 
 STREAM_VALUES = {"cpu": 100_000, "cuda": 4_000_000}
-"""Activations of a layer in a student's block, about: they fit into a core's cache, or occupy a GPU."""
+"""Of a layer in a student's block, and its samples, about: they fit into a core's cache, or occupy a GPU."""
 COMPILED_FRAMES = 80
 """In a block of networks compiled for a CPU: what is left at the end of a sound is shorter, and not compiled."""
 
@@ -97,7 +97,8 @@ class _ParallelBlocks:
                 )
             self.flows.append(flow)
         nets = [conditioner_of(flow) for flow in self.flows]
-        values_a_frame = model.encoder.hop_length * max(net.channels / net.squeeze for net in nets)
+        # Beside a layer's, a sample has values of its own, its noise and source for instance.
+        values_a_frame = model.encoder.hop_length * (1 + max(net.channels / net.squeeze for net in nets))
         kind = next(model.parameters()).device.type
         most = int(STREAM_VALUES[kind] / values_a_frame)
         self.most_frames = max(1, min(most, COMPILED_FRAMES) if compiled and kind == "cpu" else most)

@@ -1,0 +1,56 @@
+"""Where an increasing function takes a given value: Newton's method inside a bracket, to rounding."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import torch
+from torch import Tensor
+
+ITERATIONS = 100
+"""At most; about ten are usual."""
+LOOK_EVERY = 8
+"""Iterations on a GPU between two looks at whether all has settled."""
+
+
+@torch.no_grad()
+def root(function: Callable[[Tensor], tuple[Tensor, Tensor]], value: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The x between low and high where a function is so much, each in the shape of value (any); without gradient.
+
+    Args:
+        function: from x to what it is there, and the logarithm of its slope.
+        value: what is looked for.
+        low: where the function is no more than that.
+        high: where it is no less.
+    """
+    x = (low + high) / 2
+    for i in range(1, ITERATIONS + 1):
+        found, slope = function(x)
+        low, high = torch.where(found < value, x, low), torch.where(found < value, high, x)
+        step, eps = (found - value) * (-slope).exp(), torch.finfo(x.dtype).eps
+        settled = (step.abs() <= 2 * eps * x.abs()) | ((found - value).abs() <= 4 * eps * (1 + value.abs()))
+        inside = (x - step > low) & (x - step < high)
+        x = torch.where(settled | inside, x - step, (low + high) / 2)
+        # To look at a value stops a GPU until it is there; once settled, further steps change nothing.
+        if (x.device.type == "cpu" or i % LOOK_EVERY == 0) and settled.all():
+            break
+    return x
+
+
+@numba.njit(cache=True)
+def compiled_root(function: Any, given: tuple[Any, ...], value: float, low: float, high: float) -> float:
+    """As `root`, for one value, of a compiled function of x and of what it is given, in float64."""
+    x = (low + high) / 2
+    for _ in range(ITERATIONS):
+        found, slope = function(x, *given)
+        if found < value:
+            low = x
+        else:
+            high = x
+        step = (found - value) * math.exp(-slope)
+        settled = abs(step) <= 4e-16 * abs(x) or abs(found - value) <= 1e-15 * (1 + abs(value))
+        x = x - step if settled or low < x - step < high else (low + high) / 2
+        if settled:
+            break
+    return x

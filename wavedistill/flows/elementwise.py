@@ -17,7 +17,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from wavedistill.flows.bases import Base, StandardNormal
-from wavedistill.flows.roots import compiled_root, root
+from wavedistill.flows.roots import ITERATIONS, root
 
 Parameters = tuple[Tensor, ...]
 """What an elementwise bijection is given for every step: tensors of shape (B, T), or (B, T, K) for K components."""
@@ -252,7 +252,19 @@ def _solve_mixture(raw: Any, given: Any, constants: Any) -> Callable[..., Any] |
         while _mixture_to_z(high, components, constants.normal)[0] < given:
             width *= 2
             high += width
-        return compiled_root(_mixture_to_z, (components, constants.normal), given, low, high)
+        x = (low + high) / 2
+        for _ in range(ITERATIONS):
+            found, slope = _mixture_to_z(x, components, constants.normal)
+            if found < given:
+                low = x
+            else:
+                high = x
+            step = (found - given) * math.exp(-slope)
+            settled = abs(step) <= 4e-16 * abs(x) or abs(found - given) <= 1e-15 * (1 + abs(given))
+            x = x - step if settled or low < x - step < high else (low + high) / 2
+            if settled:
+                break
+        return x
 
     return solve
 

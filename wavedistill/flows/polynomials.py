@@ -12,7 +12,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from wavedistill.flows.elementwise import Elementwise, Parameters, StepConstants, bounded, is_step, softplus, solve_step
-from wavedistill.flows.roots import compiled_root, root
+from wavedistill.flows.roots import ITERATIONS, root
 
 BOUND = 5.0
 """It bends values between minus this and this, in deviations of its affine part, and goes on in straight lines."""
@@ -86,8 +86,8 @@ class SumOfSquares(Elementwise):
 
 def _slope(v: Tensor, a: Tensor) -> Tensor:
     """s(v), in the shape of v, of coefficients (..., K, L + 1)."""
-    share, polynomial = (v / BOUND).unsqueeze(-1), a[..., -1]
-    for coefficient in a[..., :-1].unbind(-1)[::-1]:
+    share, (*lower, polynomial) = (v / BOUND).unsqueeze(-1), a.unbind(-1)
+    for coefficient in reversed(lower):
         polynomial = polynomial * share + coefficient
     return LEAST_SLOPE + (1 - LEAST_SLOPE) * (1 + polynomial).square().mean(-1)
 
@@ -119,7 +119,19 @@ def _solve_polynomials(raw: Any, given: Any, constants: Any) -> Callable[..., An
         elif given <= _bend(-BOUND, *bend)[0]:
             u = -BOUND
         else:
-            u = compiled_root(_bend, bend, given, -BOUND, BOUND)
+            low, high = -BOUND, BOUND
+            u = (low + high) / 2
+            for _ in range(ITERATIONS):
+                found, slope = _bend(u, *bend)
+                if found < given:
+                    low = u
+                else:
+                    high = u
+                step = (found - given) * math.exp(-slope)
+                settled = abs(step) <= 4e-16 * abs(u) or abs(found - given) <= 1e-15 * (1 + abs(given))
+                u = u - step if settled or low < u - step < high else (low + high) / 2
+                if settled:
+                    break
         found, slope = _bend(u, *bend)
         return raw[0] + scale * (u - (found - given) * math.exp(-slope))
 

@@ -1,10 +1,10 @@
-"""Where an increasing function takes a given value: Newton's method inside a bracket, to rounding."""
+"""Where an increasing function takes a given value: Newton's method inside a bracket, to rounding.
 
-import math
+Steps in compiled code have the same loop written out: numba caches nothing that is given a function.
+"""
+
 from collections.abc import Callable
-from typing import Any
 
-import numba
 import torch
 from torch import Tensor
 
@@ -34,23 +34,5 @@ def root(function: Callable[[Tensor], tuple[Tensor, Tensor]], value: Tensor, low
         x = torch.where(settled | inside, x - step, (low + high) / 2)
         # To look at a value stops a GPU until it is there; once settled, further steps change nothing.
         if (x.device.type == "cpu" or i % LOOK_EVERY == 0) and settled.all():
-            break
-    return x
-
-
-@numba.njit(cache=True)
-def compiled_root(function: Any, given: tuple[Any, ...], value: float, low: float, high: float) -> float:
-    """As `root`, for one value, of a compiled function of x and of what it is given, in float64."""
-    x = (low + high) / 2
-    for _ in range(ITERATIONS):
-        found, slope = function(x, *given)
-        if found < value:
-            low = x
-        else:
-            high = x
-        step = (found - value) * math.exp(-slope)
-        settled = abs(step) <= 4e-16 * abs(x) or abs(found - value) <= 1e-15 * (1 + abs(value))
-        x = x - step if settled or low < x - step < high else (low + high) / 2
-        if settled:
             break
     return x

@@ -10,7 +10,8 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "wavedistill"
 ROOMS = [
     *("tools", "recipe", "flows", "networks", "speech", "corpus", "models", "sampling", "training", "evaluation"),
-    *("experiment", "benchmarking", "reporting", "vocoder", "exporting", "checking", "stages", "cli", "__main__"),
+    *("experiment", "benchmarking", "reporting", "zoo", "vocoder", "exporting", "checking", "stages", "cli"),
+    "__main__",
 ]
 """Each knows those before it only."""
 LONGEST, LONGEST_STAGE = 350, 160

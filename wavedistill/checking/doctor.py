@@ -27,7 +27,7 @@ EXTRAS = {
         "onnxruntime": "running what it exports",
     },
     "media": {"av": "recordings as m4a, mp4, webm"},
-    "zoo": {"zuko": "`wavedistill zoo`", "torchflows": "`wavedistill zoo`"},
+    "zoo": {"zuko": "`wavedistill zoo`", "sklearn": "`wavedistill zoo`", "torchflows": "tests against other flows"},
     "docs": {"sphinx": "the documents as a site"},
     "dev": {"pytest": "the tests", "ruff": "style", "mypy": "types"},
 }

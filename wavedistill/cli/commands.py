@@ -13,6 +13,7 @@ from wavedistill import __version__
 from wavedistill.cli import arguments as given
 from wavedistill.cli import delivery
 from wavedistill.cli.generate import generate
+from wavedistill.cli.zoo import zoo
 from wavedistill.tools.errors import RecipeError, UserError
 
 
@@ -218,6 +219,7 @@ def info(
 
 app.command()(delivery.export)
 app.command()(delivery.doctor)
+app.command()(zoo)
 
 
 def _run(

@@ -32,6 +32,7 @@ COMMANDS = {
     "release",
     "export",
     "doctor",
+    "zoo",
 }
 RESERVED = COMMANDS | {"audio", "samples"}
 """Commands, which a training of their name would be out of reach behind, and folders of an experiment."""

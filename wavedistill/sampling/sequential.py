@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wavedistill.flows.distributions import FlowDistribution
+from wavedistill.flows.elementwise import Parameters
 from wavedistill.flows.transforms import Autoregressive, Context
 from wavedistill.networks.wavenet import WaveNet, WaveNetState
 from wavedistill.sampling.compiled import CompiledLoop
@@ -48,6 +49,27 @@ def naive(flow: Autoregressive, given: Tensor, context: Context, label: str | No
         parameters = flow.step_parameters(out[:, starts[1] : t + 1], window)
         out[:, t] = flow.solve(given[:, t], tuple(parameter[:, -1] for parameter in parameters))
     return out
+
+
+def repeated(flow: Autoregressive, given: Tensor) -> tuple[Tensor, Parameters]:
+    """The sequential direction of one flow of few steps, with any conditioner, by T passes over all of them.
+
+    Pass t makes step t right, whatever the steps after it are, and the last leaves all of them right; unlike a
+    `Solver`, it has a gradient.
+
+    Args:
+        flow: the autoregressive flow, which is conditioned on nothing.
+        given: the known side (B, T).
+
+    Returns:
+        The other side (B, T), and the parameters at every step.
+    """
+    out = torch.zeros_like(given)
+    parameters: Parameters = ()
+    for _ in range(given.shape[1]):
+        parameters = flow.step_parameters(out)
+        out = flow.solve(given, parameters)
+    return out, parameters
 
 
 def cached(flow: Autoregressive, given: Tensor, context: Context, label: str | None = None) -> Tensor:

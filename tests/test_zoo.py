@@ -139,6 +139,12 @@ def test_a_contraction_contracts_whatever_its_weights() -> None:
     x, y = 5 * noise(500, 3), 5 * noise(500, 3)[torch.randperm(500)]
     (at_x, jacobian_there), (at_y, _) = network(x), network(y)
     assert ((at_x - at_y).norm(dim=1) <= 0.95 * (x - y).norm(dim=1) + 1e-12).all()
+    for factors in ((50, 0.1), (0.1, 50)):  # where no unit is in its bend, it is as steep as it can be
+        steep = Contraction(3, 16).double()
+        for layer, factor in zip((steep.first, steep.last), factors, strict=True):
+            layer.weight.data *= factor
+        steep.first.bias.data.zero_()
+        assert torch.linalg.matrix_norm(steep(torch.zeros(1, 3).double())[1], 2) <= 0.95 + 1e-12
     torch.testing.assert_close(
         jacobian_there[0], jacobian(lambda point: network(point[None])[0][0], x[0]), rtol=0, atol=1e-8
     )
@@ -147,7 +153,9 @@ def test_a_contraction_contracts_whatever_its_weights() -> None:
 def test_a_masked_convolution_is_triangular_with_a_positive_diagonal() -> None:
     for reverse in (False, True):
         layer = shaken(MaskedConvolution(4, 8, reverse=reverse))
-        there = jacobian(lambda x, layer=layer: layer(x[None])[0][0], noise(4))
+        layer.taps.data[:, -1], layer.taps_out.data[:, -1] = -5, 50  # whatever a training makes of them
+        layer.bias.data.zero_()
+        there = jacobian(lambda x, layer=layer: layer(x[None])[0][0], 0.1 * noise(4))
         assert (there.diagonal() > 0).all()
         assert not (there.tril(-1) if reverse else there.triu(1)).any()
         assert (there.triu(1) if reverse else there.tril(-1)).any()

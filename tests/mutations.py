@@ -150,6 +150,7 @@ TABLE = [
     ("a contraction of one matrix alone", "zoo/layers.py", "matrix_norm(self.first.weight, 2) * ", "matrix_norm(self.last.weight, 2) * ", "test_zoo.py::test_a_contraction_contracts_whatever_its_weights"),
     ("a masked convolution's own tap of any sign", "zoo/layers.py", "[*others, F.softplus(own)]", "[*others, own]", "test_zoo.py::test_a_masked_convolution_is_triangular_with_a_positive_diagonal"),
     ("a VAE's bound over draws added up", "zoo/teachers.py", "- math.log(draws)", "", "test_zoo.py::test_a_vae_bounds_its_likelihood_and_more_draws_make_it_tight"),
+    ("workers that go on alone", "zoo/run.py", "    threading.Thread(target=_end_with_parent, daemon=True).start()\n", "", "test_zoo.py::test_a_worker_ends_with_the_process_that_it_works_for"),
     ("a posterior without its flows' ladj", "zoo/teachers.py", "ladj = flip(ladj)[0] + more", "ladj = flip(ladj)[0]", "test_zoo.py::test_a_vae_bounds_its_likelihood_and_more_draws_make_it_tight"),
     ("a ring of gaussians of another height", "zoo/targets.py", "2 * math.pi * self.deviation**2 * len(self.centres)", "2 * math.pi * self.deviation * len(self.centres)", "test_zoo.py::test_a_density_of_the_plane_integrates_to_one_and_is_that_of_its_samples"),
     ("a start of the wrong deviation", "flows/coupling.py", "deviation.clamp_min(LEAST_DEVIATION).log()", "deviation.clamp_min(LEAST_DEVIATION)", "test_coupling.py::test_a_start_from_data_gives_every_channel_zero_mean_and_unit_deviation"),

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 from typer.testing import CliRunner
 
-from tests.conftest import noise
+from tests.conftest import REPOSITORY, noise
 from wavedistill.cli import zoo as command
 from wavedistill.cli.commands import app
 from wavedistill.flows.bases import StandardNormal
@@ -282,3 +286,35 @@ def test_a_run_leaves_a_page_and_figures_that_depend_on_its_seed_alone(tmp_path:
     assert not re.search(r'(src|href)="https?:', page), "it asks nobody"
     for pair in found:
         assert f"{pair['kl']:.3f} ± {pair['kl_error']:.3f}".replace("-", "\N{MINUS SIGN}") in page
+
+
+KILLED = """
+import os, time
+from wavedistill.zoo.run import _pool
+
+if __name__ == "__main__":
+    with _pool(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 60)
+        time.sleep(1)
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="whether a process lives is read from Linux's /proc")
+def test_a_worker_ends_with_the_process_that_it_works_for(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    environment, told = {**os.environ, "PYTHONPATH": str(REPOSITORY)}, tmp_path / "told"
+    with told.open("w") as file:  # no pipe, which a worker that goes on would hold open
+        assert subprocess.run([sys.executable, script], stdout=file, env=environment).returncode == -9
+    for _ in range(100):
+        if not alive(int(told.read_text())):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the worker goes on")
+
+
+def alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -101,7 +102,7 @@ def run(pairs: Sequence[Pair], folder: Path) -> str:
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes of one thread each, which end with the block, also in the middle of their work."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
     try:
         yield pool
         pool.shutdown()
@@ -112,7 +113,15 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         raise
 
 
-def _quiet() -> None:
-    """An interrupt is for the process that has the page to write."""
+def _begin() -> None:
+    """An interrupt is for the process that has the page to write; when that one ends, so does this."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,4 +1,4 @@
-r"""Bijections that neither `wavedistill.flows` nor zuko has, small and exact, from a point x to noise z.
+r"""Bijections that neither `flows/` nor zuko has, small and exact, from a point x to noise z.
 
 Each gives z and log|det dz/dx| (B,) of points x (B, D) in closed form, and is inverted as far as needed by a search
 that cannot fail: bisection of an increasing function, or the fixed point of a contraction.

@@ -1,4 +1,4 @@
-"""A conditioner of a few values: a masked perceptron, for the autoregressive flows of `wavedistill.flows`."""
+"""A conditioner of a few values: a masked perceptron, for the autoregressive flows of `flows/`."""
 
 import torch
 import torch.nn.functional as F

@@ -17,7 +17,7 @@ test-fast: check  ## the same without the tests that train
 test-endurance: $(VENV)/.dev  ## a training that is killed a hundred times; minutes
 	$(BIN)/python -m pytest -m endurance
 
-test-mutations: $(VENV)/.dev  ## breaks the program in some ninety ways, and asks whether a test notices; minutes
+test-mutations: $(VENV)/.dev  ## breaks the program in some hundred and fifty ways, and asks whether a test notices; minutes
 	$(BIN)/python -m tests.mutations
 
 docs: $(VENV)/.dev  ## the documents as a site: open docs/_build/html/index.html

@@ -22,11 +22,9 @@ class Target(Protocol):
 
     Attributes:
         features: values in a point, D.
-        extent: half the width of its picture.
     """
 
     features: int
-    extent: float
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Points (count, D) to fit a model by."""
@@ -38,7 +36,7 @@ class Target(Protocol):
 class KnownDensity(Target):
     """A density of the plane whose value is known, so that it may be all that a fit is given."""
 
-    features, extent = 2, 3.2
+    features = 2
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density (B,) at points x (B, 2), in nats."""
@@ -127,7 +125,7 @@ class Waves(KnownDensity):
 class Table(Target):
     """Five measurements of 569 breast tumours, standardised, with a little noise: scikit-learn's `breast_cancer`."""
 
-    features, extent = len(TABLE_COLUMNS), 3.2
+    features = len(TABLE_COLUMNS)
 
     def __init__(self) -> None:
         from sklearn.datasets import load_breast_cancer
@@ -137,15 +135,16 @@ class Table(Target):
         rows = torch.as_tensor(found.data[:, columns]).float()
         rows = (rows - rows.mean(0)) / rows.std(0)
         # Patients come in no order that matters, but the same rows are held out whatever the seed.
-        self._rows = rows[torch.randperm(len(rows), generator=random_stream(0))]
-        self._is_held_out = torch.arange(len(rows)) % TABLE_HELD_OUT == 0
+        rows = rows[torch.randperm(len(rows), generator=random_stream(0))]
+        is_held_out = torch.arange(len(rows)) % TABLE_HELD_OUT == 0
+        self._rows, self._held_out = rows[~is_held_out], rows[is_held_out]
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        rows = self._rows[~self._is_held_out]
-        return _noisy(rows[torch.randint(len(rows), (count,), generator=generator)], generator)
+        chosen = torch.randint(len(self._rows), (count,), generator=generator)
+        return _noisy(self._rows[chosen], generator)
 
     def held_out(self, count: int, generator: torch.Generator) -> Tensor:
-        return _noisy(self._rows[self._is_held_out][:count], generator)
+        return _noisy(self._held_out[:count], generator)
 
 
 class Named(NamedTuple):

@@ -159,7 +159,7 @@ class Vae(Teacher):
 
     def __init__(self, features: int, hidden: int = 64, context: int = 16, seed: int = 0) -> None:
         super().__init__()
-        self.features, self.draws = features, DRAWS_TO_FIT
+        self.features = features
         self.encoder = _perceptron(features, hidden, 2 * features + context)
         self.decoder = _perceptron(features, hidden, 2 * features)
         affine = Affine(MIN_LOG_SCALE)
@@ -168,7 +168,9 @@ class Vae(Teacher):
         self.generator = torch.Generator().manual_seed(seed)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return self.bound(x, 1 if self.training else DRAWS_TO_DISTIL if x.requires_grad else DRAWS_TO_MEASURE)
+        return self.bound(
+            x, DRAWS_TO_FIT if self.training else DRAWS_TO_DISTIL if x.requires_grad else DRAWS_TO_MEASURE
+        )
 
     def bound(self, x: Tensor, draws: int) -> Tensor:
         """The bound (B,) of the log density of x (B, D), from so many draws of the latent."""

@@ -531,8 +531,8 @@ def test_each_player_follows_its_own_schedule_and_clipping(tmp_path: Path, tiny:
         assert model.pitch is not None
         density = [*model.encoder.parameters(), *model.flows.parameters()]
         return [
-            Player("density", density, task.weights, lambda step: 1e-3, 1e-6),
-            Player("predictor", list(model.pitch.parameters()), {"pitch": 1.0}, lambda step: 0.0, 1.0),
+            Player("density", density, lambda step: task.weights, lambda step: 1e-3, 1e-6),
+            Player("predictor", list(model.pitch.parameters()), lambda step: {"pitch": 1.0}, lambda step: 0.0, 1.0),
         ]
 
     task = likelihood_task(tiny, "teacher")._replace(players=own)

@@ -50,7 +50,7 @@ def maf(settings: Maf, recipe: Recipe) -> WaveformModel:
         elementwise = SumOfSquares(settings.polynomials, settings.degree, settings.min_log_scale)
     base = BASES[settings.noise]
     network = _network(recipe, settings, settings.layers, elementwise)
-    _start_at_unit_variance(network, elementwise, base)
+    network.start_from(elementwise.start(base.std))
     return around([Autoregressive(network, "x", elementwise)], base, recipe, source=False)
 
 
@@ -62,7 +62,7 @@ def iaf(settings: Iaf, recipe: Recipe) -> WaveformModel:
         _network(recipe, settings, layers, elementwise, settings.periodic_source, squeeze, border)
         for layers, squeeze, border in groups
     ]
-    _start_at_unit_variance(networks[-1], elementwise, base)
+    networks[-1].start_from(elementwise.start(base.std))
     flows = [Autoregressive(network, "z", elementwise) for network in networks]
     return around(flows, base, recipe, source=settings.periodic_source)
 
@@ -130,11 +130,6 @@ def around(flows: Sequence[Transform], base: Base, recipe: Recipe, *, source: bo
         PitchPredictor(recipe.audio) if conditioning.pitch else None,
         PeriodicSource(recipe.audio, ahead) if source else None,
     )
-
-
-def _start_at_unit_variance(network: WaveNet, elementwise: Elementwise, noise: Base) -> None:
-    with torch.no_grad():
-        network.head.bias.view(network.squeeze, -1)[:, : elementwise.outputs] = elementwise.start(noise.std)
 
 
 def _network(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavedistill.networks.network import Network
+from wavedistill.networks.products import added, product
 
 
 class WaveNetState:
@@ -18,7 +19,7 @@ class WaveNetState:
 
     Attributes:
         previous: (B, squeeze) the last inputs of the block before.
-        outputs: (B, border, ...) those for the first inputs of the block, which the block before decided.
+        hidden: (B, skip_channels) what the head makes the outputs of the last group of, which may reach into the block.
         history: per layer ((kernel_size - 1) * dilation + room, B, channels), its inputs before the block, and room for
             those of the block.
         position: steps of the block that are done.
@@ -27,8 +28,7 @@ class WaveNetState:
     def __init__(self, net: "WaveNet", batch_size: int, room: int) -> None:
         self._past = [(net.kernel_size - 1) * dilation for dilation in net.dilations]
         zeros = net.input.weight.new_zeros
-        self.previous = zeros(batch_size, net.squeeze)
-        self.outputs = net.start.expand(batch_size, net.border, -1).clone()
+        self.previous, self.hidden = zeros(batch_size, net.squeeze), zeros(batch_size, net.skip_channels)
         self.history = [zeros(past + room // net.squeeze, batch_size, net.channels) for past in self._past]
         self.position = 0
 
@@ -53,8 +53,8 @@ class WaveNet(Network):
 
     Squeezed by G, it runs once for G inputs, in a G-th of the operations (after Zhai et al. 2020, SqueezeWave). A
     group's outputs see the groups before it, and the first output at t, a shift, is linear in the values before t in
-    its own group, by weights that the network gives beside it. Groups begin at `border`, border + G and so on; before
-    them, where nothing is known, outputs are the mean of the last layer's bias over the places in a group.
+    its own group: the network gives a weight for each pair of places in a group beside it. Groups begin at `border`,
+    border + G and so on; before them, where nothing is known, outputs are the last layer's bias.
 
     Args:
         layers: number of gated layers; layer i has dilation 2 ** (i mod dilation_cycle).
@@ -69,8 +69,6 @@ class WaveNet(Network):
         squeeze: inputs a group; divides `repeat`.
         border: where the first group begins, less than `squeeze`.
     """
-
-    used: Tensor
 
     def __init__(
         self,
@@ -94,16 +92,17 @@ class WaveNet(Network):
             channels=channels,
             skip_channels=skip_channels,
             in_channels=squeeze * (1 + source_channels),
-            out_channels=squeeze * (out_channels + squeeze - 1),
+            out_channels=squeeze * out_channels + squeeze * (squeeze - 1) // 2,
             feature_channels=feature_channels,
             repeat=repeat,
             squeeze=squeeze,
         )
-        self.border, self.source_channels = border, source_channels
-        # Of each place in a group: its outputs, and which of the values before are in the group too, the last one last.
-        places = torch.arange(squeeze)
-        inside = F.pad(places[:, None] + places[1:] >= squeeze, (out_channels, 0), value=True)
-        self.register_buffer("used", inside.flatten().to(self.head.bias.dtype), persistent=False)
+        self.outputs_a_step, self.border, self.source_channels = out_channels, border, source_channels
+
+    def start_from(self, outputs: Tensor) -> None:
+        """Let every step begin with outputs (out_channels or fewer, the first), whatever it is given."""
+        with torch.no_grad():
+            self.head.bias[: self.squeeze * len(outputs)] = outputs.repeat_interleave(self.squeeze)
 
     @property
     def receptive_field(self) -> int:
@@ -114,11 +113,6 @@ class WaveNet(Network):
         length, zeros = -(-samples // self.repeat) * self.repeat, self.input.weight.new_zeros
         features = None if self.context is None else zeros(1, length // self.repeat, self.context.in_features)
         return zeros(1, length), features, zeros(1, length, self.source_channels) if self.source_channels else None
-
-    @property
-    def start(self) -> Tensor:
-        """Outputs (1, 1, out_channels + squeeze - 1) where nothing is known."""
-        return self.head.bias.view(1, self.squeeze, -1).mean(1, keepdim=True)
 
     def forward(
         self, x: Tensor, features: Tensor | None = None, source: Tensor | None = None, state: WaveNetState | None = None
@@ -134,18 +128,13 @@ class WaveNet(Network):
         """
         batch_size, length = x.shape
         covered = -(-length // self.repeat) * self.repeat
-        here = slice(self.border, self.border + covered)
-        padded, repeat = covered // self.squeeze, self.repeat // self.squeeze
-        before = x.new_zeros(batch_size, self.squeeze) if state is None else state.previous
-        known = torch.cat([before, x], 1)
-        # The causal shift: position t holds x_{t-1}, and in a group the group before.
-        shifted = F.pad(known, (0, covered - length))[:, here]
-        inputs = shifted.t().unflatten(0, (padded, self.squeeze)).transpose(1, 2)  # (T / squeeze, B, squeeze)
-        if source is not None:
-            beside = F.pad(source, (0, 0, 0, max(0, here.stop - source.shape[1])))[:, here]
-            grouped = beside.unflatten(1, (padded, self.squeeze)).flatten(2)
-            inputs = torch.cat([inputs, grouped.transpose(0, 1)], -1)
-        h = self.input(inputs).flatten(0, 1)  # (T / squeeze * B, C)
+        groups, repeat = covered // self.squeeze, self.repeat // self.squeeze
+        previous = x.new_zeros(batch_size, self.squeeze) if state is None else state.previous
+        known = torch.cat([previous, x, x.new_zeros(batch_size, covered - length + self.border)], 1)
+        # Values where the groups of outputs are, from that on which the block before began.
+        values = known[:, self.border :].unflatten(1, (groups + 1, self.squeeze)).transpose(0, 1)
+        # The causal shift: a group sees the values of the group before.
+        h = self._inputs(values[:-1], source, covered)  # (T / squeeze * B, C)
         context = self.project(features)
         skip = x.new_zeros(1, 1)  # under autocast, sums stay as precise as x
         for i, dilation in enumerate(self.dilations):
@@ -153,29 +142,23 @@ class WaveNet(Network):
             if state is None:
                 extended = F.pad(h, (0, 0, past * batch_size, 0))
             else:
-                state.history[i][past : past + padded] = h.view(padded, batch_size, -1)
+                state.history[i][past : past + groups] = h.view(groups, batch_size, -1)
                 extended = state.history[i].flatten(0, 1)
             delays = [extended[k * dilation * batch_size :][: h.shape[0]] for k in range(self.kernel_size - 1)]
-            own = None if context is None else context[: padded // repeat, i, None]
+            own = None if context is None else context[: groups // repeat, i, None]
             y = self._gates(i, [*delays, h], own, (-1, repeat, batch_size))
             h, skip = self._layer(i, y, h, skip)
-        found = self._head(skip).unflatten(0, (padded, batch_size)).transpose(0, 1)
-        found = found.unflatten(-1, (self.squeeze, -1)).flatten(1, 2)  # (B, T, outputs)
-        if self.border:
-            first = self.start.expand(batch_size, self.border, -1) if state is None else state.outputs.clone()
-            found, rest = torch.cat([first, found[:, : covered - self.border]], 1), found[:, covered - self.border :]
-        if state is not None:
-            state.previous.copy_(known[:, -self.squeeze :])
-            state.advance(length // self.squeeze)
-            if self.border:
-                state.outputs.copy_(rest)
-        found = found[:, :length]
+        hidden = self._hidden(skip)
         if self.squeeze == 1:
-            return found
-        # The first output is linear in the values before it, as far as they are in its own group.
-        weights, values = found[..., 1 - self.squeeze :], known[:, 1:].unfold(1, self.squeeze - 1, 1)[:, :length]
-        shift = found[..., :1] + (weights * values).sum(-1, keepdim=True)
-        return torch.cat([shift, found[..., 1 : 1 - self.squeeze]], -1)
+            found = self._head(hidden).unflatten(0, (groups, batch_size)).transpose(0, 1)
+        else:
+            before = hidden.new_zeros(batch_size, self.skip_channels) if state is None else state.hidden
+            found = self._grouped(torch.cat([before, hidden]), values)[:, self.squeeze - self.border :]
+        if state is not None:
+            state.previous.copy_(known[:, length : length + self.squeeze])
+            state.hidden.copy_(hidden[-batch_size:])
+            state.advance(length // self.squeeze)
+        return found[:, :length]
 
     def step(
         self, previous: Tensor, state: WaveNetState, context: Tensor | None = None, source: Tensor | None = None
@@ -203,7 +186,7 @@ class WaveNet(Network):
             y = self._gates(i, taps, None if context is None else context[i], (-1,))
             h, skip = self._layer(i, y, h, skip)
         state.position += 1
-        return self._head(skip)
+        return self._head(self._hidden(skip))
 
     def project(self, features: Tensor | None) -> Tensor | None:
         """Features (B, F', C) -> one bias per layer (F', layers, B, 2 channels).
@@ -215,7 +198,20 @@ class WaveNet(Network):
             return None
         if features is None:
             raise ValueError("this network is conditional: it needs features")
-        return self.context(features.transpose(0, 1)).unflatten(-1, (len(self.gates), -1)).transpose(1, 2)
+        projected = product(features.transpose(0, 1), self.context.weight, self.context.bias)
+        return projected.unflatten(-1, (len(self.gates), -1)).transpose(1, 2)
+
+    def _inputs(self, values: Tensor, source: Tensor | None, covered: int) -> Tensor:
+        """The first layer's (N * B, C), of values (N, B, squeeze) and of the source (B, at least T + border, S)."""
+        own, beside = self.input.weight.tensor_split([self.squeeze], 1)
+        h = product(values.flatten(0, 1), own, self.input.bias)
+        if source is None:
+            return h
+        here = slice(self.border, self.border + covered)
+        if source.shape[1] < here.stop:
+            source = F.pad(source, (0, 0, 0, here.stop - source.shape[1]))
+        grouped = source[:, here].unflatten(1, (len(values), self.squeeze)).flatten(2)
+        return added(h, grouped.transpose(0, 1).flatten(0, 1), beside)
 
     def _gates(self, i: int, taps: list[Tensor], context: Tensor | None, rows: tuple[int, ...]) -> Tensor:
         """The dilated convolution of layer i, one product a tap (N, C), and its conditioning; nothing is stacked.
@@ -225,10 +221,10 @@ class WaveNet(Network):
         gates = cast(nn.Linear, self.gates[i])
         first, *others = zip(taps, gates.weight.split(self.channels, 1), strict=True)
         bias = gates.bias if context is None else context + gates.bias
-        y = F.linear(*first)
+        y = product(*first)
         if not torch.compiler.is_compiling():
             for tap, weight in others:
-                y.addmm_(tap.to(y.dtype), weight.t().to(y.dtype))  # in place: autocast leaves it to us
+                y = added(y, tap, weight)
             y.unflatten(0, rows).add_(bias)
             return y
         # A compiler adds products where they are read; next to each other, it would copy one to add the other to it.
@@ -242,18 +238,36 @@ class WaveNet(Network):
         # tanh(f) = 2 sigmoid(2f) - 1: on a CPU, torch's tanh takes as long as six of its sigmoids.
         opened = torch.sigmoid(gate)
         outputs = cast(nn.Linear, self.outputs[i])
-        out = F.linear(torch.addcmul(-opened, torch.sigmoid(2 * filtered), opened, value=2), outputs.weight)
-        # Added to its parts, because a compiler would copy the bias to the whole width of the product first.
-        bias, width = outputs.bias.to(out.dtype), self.skip_channels
-        skip = skip + (out[..., :width] + bias[:width])
+        active = torch.addcmul(-opened, torch.sigmoid(2 * filtered), opened, value=2)
+        out = product(active, outputs.weight, outputs.bias)
+        skip = skip + out[..., : self.skip_channels]
         if i < len(self.outputs) - 1:
-            h = h + (out[..., width:] + bias[width:])
+            h = h + out[..., self.skip_channels :]
         return h, skip
 
-    def _head(self, skip: Tensor) -> Tensor:
+    def _hidden(self, skip: Tensor) -> Tensor:
         scaled = skip * len(self.gates) ** -0.5
         with torch.autocast(skip.device.type, enabled=False):  # a density is no more precise than its parameters
-            hidden = F.relu(self.hidden(F.relu(scaled)))
-            if self.squeeze == 1:
-                return self.head(hidden)
-            return F.linear(hidden, self.head.weight * self.used[:, None], self.head.bias * self.used)
+            return F.relu(product(F.relu(scaled), self.hidden.weight, self.hidden.bias))
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return product(hidden, self.head.weight, self.head.bias)
+
+    def _grouped(self, hidden: Tensor, values: Tensor) -> Tensor:
+        """Outputs (B, (N + 1) * squeeze, out_channels) of hidden ((N + 1) * B, S) and values (N + 1, B, squeeze).
+
+        The last layer gives the outputs of all places in a group, and a weight for each place and each before it.
+        """
+        count, batch_size, _ = values.shape
+        with torch.autocast(hidden.device.type, enabled=False):
+            # Groups last, so that what is linear within them adds long rows.
+            found = product(self.head.weight, hidden) + self.head.bias[:, None]
+        outputs, weights = found.tensor_split([self.squeeze * self.outputs_a_step])
+        shift, *others = outputs.unflatten(0, (self.outputs_a_step, self.squeeze))
+        given = values.permute(2, 0, 1).flatten(1)
+        parts = weights.split(list(range(1, self.squeeze)))
+        moved = [(part * given[:place]).sum(0) for place, part in enumerate(parts, 1)]
+        shift = shift + F.pad(torch.stack(moved), (0, 0, 1, 0))
+        stacked = torch.stack([shift, *others]).unflatten(-1, (count, batch_size))
+        return stacked.permute(0, 3, 2, 1).flatten(2).movedim(0, -1)

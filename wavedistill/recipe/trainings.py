@@ -66,6 +66,8 @@ class DistillationLoss(Section):
     """Distance of log-mels from the recording's, nats of amplitude."""
     drawn_log_mel: Weight = 0
     """The same of the draw before these steps, so that it is as loud as the recording by itself."""
+    late: Annotated[float, Field(gt=0)] = 1
+    """Factor of the weights of these three in the last quarter of the steps: likelihood first, then sound."""
     contrastive: Weight = 0
     """Less the KL from the teacher under the conditioning of another place, nats a sample."""
     x_reconstruction: Weight = 0
@@ -75,8 +77,17 @@ class DistillationLoss(Section):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the terms, by name."""
-        return self.model_dump(exclude={"kl_estimator", "kl_draws", "passes"})
+        """Of the terms at the end, by name."""
+        return self._plain | {name: self.late * weight for name, weight in self.early.items()}
+
+    @property
+    def early(self) -> dict[str, float]:
+        """Of those that change, before the last quarter of the steps."""
+        return {name: self._plain[name] for name in ("spectral", "log_mel", "drawn_log_mel")}
+
+    @property
+    def _plain(self) -> dict[str, float]:
+        return self.model_dump(exclude={"kl_estimator", "kl_draws", "passes", "late"})
 
 
 class Distillation(Training):

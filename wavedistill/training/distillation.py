@@ -58,12 +58,14 @@ def distillation_task(recipe: Recipe, name: str, teacher: WaveformModel | Teache
         noise = model.base.noise(tuple(batch.audio.shape), random_stream(recipe.seed)).to(batch.audio.device)
         return sample(model(batch.conditioning.mel_alone()), noise)
 
+    loss = settings.loss
     if not isinstance(teacher, WaveformModel):
-        return Task(name, settings, FromDensity(teacher, recipe, name, device).terms, settings.loss.weights, draw)
+        terms = FromDensity(teacher, recipe, name, device).terms
+        return Task(name, settings, terms, loss.weights, draw, early=loss.early)
     known = {} if teacher.pitch is None else teacher.pitch.state_dict()
     given = {f"pitch.{key}": value for key, value in known.items()}
     terms = Distillation(teacher, recipe, name, device).terms
-    return Task(name, settings, terms, settings.loss.weights, draw, given)
+    return Task(name, settings, terms, loss.weights, draw, given, loss.early)
 
 
 class Objective(Generic[Known]):

@@ -72,7 +72,7 @@ class Learner:
         for number, (batch, streams) in enumerate(parts, 1):
             with self.fabric.no_backward_sync(self._terms, enabled=number < settings.accumulate):
                 terms = {name: term / settings.accumulate for name, term in self._terms(batch, streams).items()}
-                self.fabric.backward(torch.stack([player.objective(terms) for player in self.players]).sum())
+                self.fabric.backward(torch.stack([player.objective(terms, step) for player in self.players]).sum())
             found = {name: term.detach() + found.get(name, 0) for name, term in terms.items()}
         norms = [nn.utils.clip_grad_norm_(player.parameters, player.grad_clip) for player in self.players]
         norm, *others = torch.stack(norms).tolist()  # the one place where a step waits for a GPU

@@ -15,6 +15,8 @@ from wavedistill.tools.random import Streams
 
 Terms = Mapping[str, Tensor]
 """Named scalar terms of a loss."""
+LATE = 0.75
+"""Share of a training's steps after which its early weights no longer hold."""
 
 
 class Player(NamedTuple):
@@ -25,20 +27,20 @@ class Player(NamedTuple):
     Attributes:
         name: of the player.
         parameters: that it moves.
-        weights: of the terms in its objective.
+        weights: of the terms in its objective, at a step.
         schedule: its learning rate at a step.
         grad_clip: the largest norm of its gradient.
     """
 
     name: str
     parameters: list[nn.Parameter]
-    weights: Mapping[str, float]
+    weights: Callable[[int], Mapping[str, float]]
     schedule: Callable[[int], float]
     grad_clip: float
 
-    def objective(self, terms: Terms) -> Tensor:
+    def objective(self, terms: Terms, step: int) -> Tensor:
         """The weighted sum of its terms, a scalar."""
-        return torch.stack([weight * terms[name] for name, weight in self.weights.items() if weight]).sum()
+        return torch.stack([weight * terms[name] for name, weight in self.weights(step).items() if weight]).sum()
 
 
 class Task(NamedTuple):
@@ -49,6 +51,7 @@ class Task(NamedTuple):
         settings: of the optimisation.
         terms: of the loss of a model for a batch; all randomness comes from the streams of its items.
         weights: of the terms that the model is to lessen, by which the weights to keep are chosen as well.
+        early: of those that have other weights before the last quarter of the steps, these.
         sample: draws audio (B, T) from a model, with the conditioning of a batch, for the log.
         given: weights of the model, by name, that are known and stay as they are.
         players: of a model, the first of which lessens the weighted terms; by default its density and its predictor.
@@ -61,6 +64,7 @@ class Task(NamedTuple):
     weights: Mapping[str, float]
     sample: Callable[[WaveformModel, Batch], Tensor]
     given: Mapping[str, Tensor] = {}
+    early: Mapping[str, float] = {}
     players: "Callable[[Task, WaveformModel], list[Player]] | None" = None
     start: Mapping[str, Tensor] = {}
 
@@ -75,8 +79,14 @@ def players(task: Task, model: WaveformModel) -> list[Player]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             groups[parameter in predictor].append(parameter)
-    density = Player("density", groups[False], task.weights, schedule, clip)
-    return [density, *([Player("predictor", groups[True], {"pitch": 1.0}, schedule, clip)] if groups[True] else [])]
+    density = Player("density", groups[False], partial(weights_at, task), schedule, clip)
+    predictor_alone = Player("predictor", groups[True], lambda step: {"pitch": 1.0}, schedule, clip)
+    return [density, *([predictor_alone] if groups[True] else [])]
+
+
+def weights_at(task: Task, step: int) -> Mapping[str, float]:
+    """The weights of a task's terms at a step."""
+    return task.weights if step >= LATE * task.settings.steps else {**task.weights, **task.early}
 
 
 def learning_rate(settings: Training, step: int) -> float:

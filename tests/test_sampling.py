@@ -1,8 +1,11 @@
 """Every sampler equals the naive one, which equals the definition."""
 
 import gc
+import random
 import subprocess
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -193,6 +196,64 @@ def test_a_stream_equals_one_pass(pieces: int, pitch: bool, kind: str, monkeypat
     blocks = list(stream(model, split(mel, pieces), slices(z)))
     assert max(block.shape[1] for block in blocks) <= 24
     torch.testing.assert_close(torch.cat(blocks, 1), sample(model(mel), z), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("kind", ["student", "squeezed"])
+def test_blocks_drawn_abreast_are_those_drawn_one_by_one(
+    threads: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although flows take unequal time; and torch has as many threads of its own after it as before."""
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 7 if kind == "student" else 24 * 4)
+    model, before = small_model(kind), torch.get_num_threads()
+    mel, z = small_mel(2, 98).within(model.margin), noise(2, 98 * 8)
+    expected = list(stream(model, split(mel, 40), slices(z)))
+    working = 0
+    for flow in model.flows:
+        original, lock = flow.step_parameters, threading.Lock()
+
+        def slowed(*given: Any, own: Callable[..., Any] = original, lock: Any = lock) -> Any:
+            nonlocal working
+            assert lock.acquire(blocking=False), "two blocks in one flow at a time"
+            working += 1
+            most.append(working)
+            time.sleep(random.random() / 500)
+            found = own(*given)
+            working -= 1
+            lock.release()
+            return found
+
+        monkeypatch.setattr(flow, "step_parameters", slowed)
+    most: list[int] = []
+    found = list(stream(model, split(mel, 40), slices(z), threads=threads))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert 1 < max(most) <= threads
+    assert torch.get_num_threads() == before
+
+
+def test_an_error_in_one_of_the_blocks_abreast_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 7)
+    model, before = small_model("student"), torch.get_num_threads()
+    told = small_mel(1, 98).within(model.margin)
+    with pytest.raises(ValueError, match="noise for 400 steps"):
+        list(stream(model, split(told, 40), slices(noise(1, 400)), threads=3))
+    right, calls = model.flows[1].step_parameters, iter(range(100))
+    monkeypatch.setattr(model.flows[1], "step_parameters", lambda *given: right(*given) if next(calls) < 2 else 1 / 0)
+    drawn = stream(model, split(told, 40), slices(noise(1, 784)), threads=3)
+    assert [next(drawn).shape[1] for _ in range(2)] == [24, 24]
+    with pytest.raises(ZeroDivisionError):
+        next(drawn)
+    assert torch.get_num_threads() == before
+
+
+def test_who_has_heard_enough_of_blocks_abreast_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 7)
+    model, before = small_model("student"), torch.get_num_threads()
+    told = small_mel(1, 98).within(model.margin)
+    drawn = stream(model, split(told, 40), slices(noise(1, 784)), threads=2)
+    next(drawn)
+    drawn.close()
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.slow

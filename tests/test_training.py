@@ -27,6 +27,7 @@ from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.loading import validate_recipe
 from wavedistill.recipe.recipe import Recipe
+from wavedistill.recipe.trainings import DistillationLoss
 from wavedistill.sampling.sequential import sample
 from wavedistill.speech.audio import LogMel, rms_db
 from wavedistill.speech.conditioning import Conditioning
@@ -35,6 +36,7 @@ from wavedistill.tools.engine import launch
 from wavedistill.tools.errors import CheckpointError, CorpusError, TrainingError
 from wavedistill.tools.random import Streams, random_stream
 from wavedistill.training.batches import Batches, read_ahead
+from wavedistill.training.distillation import distillation_task
 from wavedistill.training.learner import Learner, update_average
 from wavedistill.training.likelihood import likelihood_task
 from wavedistill.training.loop import Outcome, fit
@@ -42,7 +44,7 @@ from wavedistill.training.losses import negative_log_likelihood
 from wavedistill.training.pace import TIMED, UNTIMED
 from wavedistill.training.preview import Preview
 from wavedistill.training.state import saved_states
-from wavedistill.training.task import Player, Task, learning_rate
+from wavedistill.training.task import Player, Task, learning_rate, players
 
 STEPS = 24
 
@@ -521,6 +523,23 @@ def test_weights_that_are_given_stay_as_they_are(tmp_path: Path, train: Train) -
     train("student", steps=6, given=given)
     found = weights(tmp_path / "student")
     assert all(torch.equal(found[name], value) for name, value in given.items())
+
+
+def test_spectral_terms_weigh_more_in_the_last_quarter_of_a_distillation(tiny: Recipe) -> None:
+    """And the model to keep is chosen by what weighs at the end."""
+    settings = tiny.training["student"]
+    loss = DistillationLoss(spectral=0.6, log_mel=0.2, drawn_log_mel=0.1, late=4, contrastive=0.05)
+    changed = settings.model_copy(update={"loss": loss, "steps": 80})
+    recipe = tiny.model_copy(update={"training": {**tiny.training, "student": changed}})
+    task = distillation_task(recipe, "student", build(recipe, "teacher", 0), torch.device("cpu"))
+    density, *_ = players(task, build(recipe, "student", 0))
+    early = {"kl": 1, "log_scale": 0, "x_reconstruction": 0, "z_reconstruction": 0, "contrastive": 0.05}
+    late = {**early, "spectral": 2.4, "log_mel": 0.8, "drawn_log_mel": 0.4}
+    early |= {"spectral": 0.6, "log_mel": 0.2, "drawn_log_mel": 0.1}
+    assert [density.weights(step) for step in (0, 59, 60, 79)] == [pytest.approx(early)] * 2 + [pytest.approx(late)] * 2
+    assert task.weights == pytest.approx(late)
+    terms = {name: torch.tensor(1.0) for name in late}
+    assert density.objective(terms, 60) == pytest.approx(sum(late.values()))
 
 
 def test_each_player_follows_its_own_schedule_and_clipping(tmp_path: Path, tiny: Recipe) -> None:

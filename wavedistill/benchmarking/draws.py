@@ -209,11 +209,13 @@ def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable
 
     if job.sampler in ("streamed", "fused"):
         fused = job.sampler == "fused"
+        # The threads of compiled networks, and of a GPU, are the library's.
+        threads = 1 if fused or device.type != "cpu" else job.threads
 
         def draw_blocks(first: int | None = None) -> None:
             generator = random_stream(recipe.seed)
             noise = functools.partial(random, generator=generator)
-            for wave in stream(model, pieces(), noise, compiled=fused, consistency=consistency):
+            for wave in stream(model, pieces(), noise, compiled=fused, consistency=consistency, threads=threads):
                 if first is not None:
                     break
                 del wave

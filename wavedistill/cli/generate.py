@@ -143,7 +143,8 @@ def generate(
         raise typer.BadParameter("--mel-ref-db: goes with --mel-format db, unit or symmetric")
     form = format_of(mel_format or "ln", mel_ref_db, mel_stats) if mel_format or mel_stats else None
     how: dict[str, Any] = {"seed": seed, "temperature": temperature, "fused": fused, "bf16": bf16}
-    begin = partial(_begin, vocoder, wanted_threads, fused=fused)
+    abreast = vocoder.model.streams and not (fused or bf16 or words[0] == PIPE)
+    begin = partial(_begin, vocoder, wanted_threads, fused=fused, abreast=abreast)
     if words[0] == PIPE:
         begin()
         _from_pipe(vocoder, how, 10 ** (gain_db / 20), raw=raw)
@@ -253,10 +254,11 @@ def _level_told(sound: Iterable["Tensor"], rate: int, level_db: float, gain: flo
                     note(f"its level differs by {-lack:+.0f} dB from the training's: try --gain-db {wanted:.0f}")
 
 
-def _begin(vocoder: "Vocoder", threads: int | None, *, fused: bool) -> None:
-    from wavedistill.networks.threads import settle
+def _begin(vocoder: "Vocoder", threads: int | None, *, fused: bool, abreast: bool) -> None:
+    from wavedistill.networks.threads import CORES, settle
     from wavedistill.tools.progress import note
 
-    settle(threads, vocoder.model.networks[0])
+    # Blocks abreast do not wait for each other at every step: with all cores they are fastest beside other work, too.
+    settle(threads or (CORES if abreast else None), vocoder.model.networks[0])
     if fused:
         note("the networks are compiled first, for half a minute or so")

@@ -40,9 +40,10 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and _has_onednn()
+        and has_onednn()
     )
 
 
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
+    """Whether this torch has the library, and the operation that its compiler calls it by."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

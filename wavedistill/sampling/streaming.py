@@ -1,6 +1,11 @@
 """Waveforms of parallel models block by block, as their conditioning becomes known."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -28,6 +33,7 @@ def stream(
     *,
     compiled: bool = False,
     consistency: MelConsistency | None = None,
+    threads: int = 1,
 ) -> Iterator[Tensor]:
     """The waveform of a parallel model block by block, equal to that of one pass, in memory that does not grow.
 
@@ -41,6 +47,8 @@ def stream(
         noise: gives the next n values (B, n) of the base noise.
         compiled: whether torch compiles the networks first, for blocks of full length: faster after half a minute.
         consistency: brings what is drawn to its log-mel, as much later as its latency says.
+        threads: of a CPU, which draw as many blocks abreast, each a flow behind the one before: what is drawn is the
+            same, and comes as many blocks later.
 
     Yields:
         Blocks (B, n) of the waveform; together F * hop_length samples.
@@ -49,24 +57,25 @@ def stream(
         ValueError: if the model has a flow that is not inverse autoregressive, or a piece has frames around it.
         RecipeError: if it is to be compiled, and there is no compiler.
     """
-    blocks = _blocks(_ParallelBlocks(model, noise, compiled), told, model.margin)
+    draw = _ParallelBlocks(model, noise, compiled)
+    pieces = _cut(told, model.margin, draw.most_frames)
+    blocks = map(draw, pieces) if threads == 1 else _abreast(draw, pieces, threads)
     if consistency is not None:
         yield from consistency.stream(blocks)
     else:
         yield from (wave for wave, _ in blocks)
 
 
-def _blocks(draw: "_ParallelBlocks", told: Iterable[Conditioning], margin: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks (B, n * hop_length) of the waveform, and their log-mels (B, n_mels, n)."""
-    known: Conditioning | None = None  # and not drawn yet, but for the margin before it
+def _cut(told: Iterable[Conditioning], margin: int, most_frames: int) -> Iterator[Conditioning]:
+    """Blocks of at most so many frames, with those around them, as soon as they are known."""
+    known: Conditioning | None = None  # and not cut off yet, but for the margin before it
     for piece in told:
         if piece.margin:
             raise ValueError(f"a piece of a stream has no frames around it, and this one has {piece.margin}")
         known = piece if known is None else known.followed_by(piece)
         while (ready := known.frames - 2 * margin) > 0:
-            count = min(draw.most_frames, ready)
-            here = known.block(margin, count, margin)
-            yield draw(here), here.within(0).mel
+            count = min(most_frames, ready)
+            yield known.block(margin, count, margin)
             known = known.block(count, known.frames - count)
 
 
@@ -82,6 +91,28 @@ def slices(noise: Tensor) -> Callable[[int], Tensor]:
         return noise[:, position - count : position]
 
     return following
+
+
+class _Turn:
+    """The turn of a block, which takes each stage after the block before it has."""
+
+    def __init__(self, before: "_Turn | None", stages: int) -> None:
+        self._before, self._done = before, [Event() for _ in range(stages)]
+
+    @contextmanager
+    def at(self, stage: int) -> Iterator[None]:
+        """Wait for one's turn, and give it away at the end, or with all that are left where something fails."""
+        if self._before is not None:
+            self._before._done[stage].wait()
+        try:
+            yield
+        except BaseException:
+            for left in self._done[stage:]:
+                left.set()
+            raise
+        self._done[stage].set()
+        if stage == len(self._done) - 1:
+            self._before = None  # nor those before it
 
 
 class _ParallelBlocks:
@@ -111,24 +142,56 @@ class _ParallelBlocks:
         self._states: list[WaveNetState] = []
         self._phase: Tensor | None = None
         self._tail: Tensor | None = None
+        self._turn: _Turn | None = None
 
-    def __call__(self, told: Conditioning) -> Tensor:
-        """The next F * hop_length samples, from F frames and those around them."""
-        model, frames = self.model, told.frames
-        context, self._phase = model.context(told, phase=self._phase)
-        features, source = (*context, None)[:2]
+    def __call__(self, told: Conditioning) -> tuple[Tensor, Tensor]:
+        """The next block: waveform (B, F * hop_length) and log-mel (B, n_mels, F), from F frames and those around."""
+        return self.begin(told)()
+
+    def begin(self, told: Conditioning) -> Callable[[], tuple[Tensor, Tensor]]:
+        """What draws the next block, in any thread while another draws those before it; its noise is drawn now."""
         # What is compiled for one layout in memory, a view for instance, is compiled anew for another.
-        x = self.noise(frames * model.encoder.hop_length).clone(memory_format=torch.contiguous_format)
+        noise = self.noise(told.frames * self.model.encoder.hop_length).clone(memory_format=torch.contiguous_format)
         if not self._states:
-            room = self.most_frames * model.encoder.hop_length
-            self._states = [WaveNetState(conditioner_of(flow), len(x), room) for flow in self.flows]
-        parameters = self._parameters_of_full_blocks if frames == self.most_frames else self._parameters
-        for flow, parameters_of, state in zip(self.flows, parameters, self._states, strict=True):
-            x, _ = flow.elementwise.to_x(x, *parameters_of(x, (features, source, state)))
-        if not isinstance(model.shared, LinearPrediction):
-            return model.shared(x)[0]
-        coefficients, log_gain = model.shared_context(told)
-        tail = x.new_zeros(len(x), 0, dtype=torch.float64) if self._tail is None else self._tail
-        wave = model.shared.synthesise(x, (coefficients, log_gain), tail)
+            room = self.most_frames * self.model.encoder.hop_length
+            self._states = [WaveNetState(conditioner_of(flow), len(noise), room) for flow in self.flows]
+        self._turn = _Turn(self._turn, len(self.flows) + 2)
+        return partial(self._draw, told, noise, self._turn)
+
+    def _draw(self, told: Conditioning, x: Tensor, turn: _Turn) -> tuple[Tensor, Tensor]:
+        model = self.model
+        with turn.at(0):
+            context, self._phase = model.context(told, phase=self._phase)
+        features, source = (*context, None)[:2]
+        parameters = self._parameters_of_full_blocks if told.frames == self.most_frames else self._parameters
+        for stage, (flow, parameters_of, state) in enumerate(zip(self.flows, parameters, self._states, strict=True), 1):
+            with turn.at(stage):
+                x, _ = flow.elementwise.to_x(x, *parameters_of(x, (features, source, state)))
+        with turn.at(len(self.flows) + 1):
+            return self._waveform(told, x), told.within(0).mel
+
+    def _waveform(self, told: Conditioning, residual: Tensor) -> Tensor:
+        if not isinstance(self.model.shared, LinearPrediction):
+            return self.model.shared(residual)[0]
+        coefficients, log_gain = self.model.shared_context(told)
+        tail = residual.new_zeros(len(residual), 0, dtype=torch.float64) if self._tail is None else self._tail
+        wave = self.model.shared.synthesise(residual, (coefficients, log_gain), tail)
         self._tail = torch.cat([tail, wave], 1)[:, -coefficients.shape[-1] :]
-        return wave.to(x.dtype)
+        return wave.to(residual.dtype)
+
+
+def _abreast(draw: _ParallelBlocks, pieces: Iterable[Conditioning], threads: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The blocks of pieces, as many at a time as there are threads, each of which computes alone."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
+    try:
+        with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+            for piece in pieces:
+                waiting.append(pool.submit(torch.inference_mode()(draw.begin(piece))))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(usual)

@@ -167,7 +167,7 @@ class Vocoder:
         """
         pieces = (piece[None] * gain for piece in sound)
         mel = self._log_mel.of_blocks(pieces, self.model.margin)
-        for block in self._drawn(mel, self._noise(seed, temperature), fused=fused, bf16=bf16):
+        for block in self._drawn(mel, self._noise(seed, temperature), fused=fused, bf16=bf16, abreast=False):
             yield self._sound(block, gain, "what comes")
 
     @property
@@ -282,12 +282,16 @@ class Vocoder:
         *,
         fused: bool,
         bf16: bool,
+        abreast: bool = True,
     ) -> Iterator[Tensor]:
         """Blocks (1, n) of the waveform that the model draws from pieces of a log-mel with its margins."""
+        alone = not abreast or fused or bf16 or self.device.type != "cpu"
+        threads = 1 if alone else min(torch.get_num_threads(), len(self.model.flows) + 1)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             if self.model.streams:
                 told = (Conditioning(piece.to(self.device), 0) for piece in mel)
-                yield from stream(self.model, told, noise, compiled=fused, consistency=self.consistency)
+                consistency = self.consistency
+                yield from stream(self.model, told, noise, compiled=fused, consistency=consistency, threads=threads)
                 return
             whole = Conditioning(torch.cat(list(mel), -1).to(self.device), self.model.margin)
             bar = None if self.model.draws_in_parallel else label

@@ -58,7 +58,7 @@ def stream(
         RecipeError: if it is to be compiled, and there is no compiler.
     """
     draw = _ParallelBlocks(model, noise, compiled)
-    pieces = _cut(told, model.margin, draw.most_frames)
+    pieces = _cut(told, model.margin, draw.most_frames, evenly=not compiled)
     blocks = map(draw, pieces) if threads == 1 else _abreast(draw, pieces, threads)
     if consistency is not None:
         yield from consistency.stream(blocks)
@@ -66,15 +66,15 @@ def stream(
         yield from (wave for wave, _ in blocks)
 
 
-def _cut(told: Iterable[Conditioning], margin: int, most_frames: int) -> Iterator[Conditioning]:
-    """Blocks of at most so many frames, with those around them, as soon as they are known."""
+def _cut(told: Iterable[Conditioning], margin: int, most_frames: int, *, evenly: bool) -> Iterator[Conditioning]:
+    """Blocks of at most so many frames, with those around them, as soon as they are known; in equal parts or full."""
     known: Conditioning | None = None  # and not cut off yet, but for the margin before it
     for piece in told:
         if piece.margin:
             raise ValueError(f"a piece of a stream has no frames around it, and this one has {piece.margin}")
         known = piece if known is None else known.followed_by(piece)
         while (ready := known.frames - 2 * margin) > 0:
-            count = min(most_frames, ready)
+            count = -(-ready // -(-ready // most_frames)) if evenly else min(most_frames, ready)
             yield known.block(margin, count, margin)
             known = known.block(count, known.frames - count)
 

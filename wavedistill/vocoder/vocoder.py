@@ -120,9 +120,8 @@ class Vocoder:
         mel, said = self._understood(source, form, "log-mel")
         for word in said:
             warnings.warn(f"log-mel: {word}", stacklevel=2)
-        drawn = self.sample(mel, seed, temperature)[None].to(self.device)
-        with torch.inference_mode():
-            return self.consistency(drawn, mel[None].clamp_min(audio.LOG_MEL_FLOOR).to(drawn))[0].cpu()
+        blocks = self._drawn([self._padded(mel)], self._noise(seed, temperature), fused=False, bf16=False)
+        return torch.cat([block[0].cpu() for block in blocks])
 
     def sample(self, mel: Tensor, seed: int = 0, temperature: float = 1.0) -> Tensor:
         """A draw (F * hop_length,) from the density given a log-mel (n_mels, F); arguments as in `vocode`."""

@@ -26,7 +26,7 @@ from wavedistill.tools.files import replacing
 
 HEADER = "wavedistill"
 """The one key of the file's metadata; its value is JSON. One, because the order of several is left to chance."""
-VERSION = 5
+VERSION = 6
 """Of the format; raised when files of the old one can no longer be read."""
 SUFFIX = ".safetensors"
 MODEL_FILE = f"checkpoint{SUFFIX}"

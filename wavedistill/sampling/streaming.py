@@ -20,8 +20,8 @@ from wavedistill.speech.consistency import MelConsistency
 from wavedistill.speech.linear_prediction import LinearPrediction
 
 STREAM_VALUES = {"cpu": 200_000, "cuda": 4_000_000}
-"""Of a layer in a student's block, and its samples, about: few enough for a core's cache, and many beside what a call costs;
-or they occupy a GPU."""
+"""Of a layer in a student's block, and its samples, about: few enough for a core's cache, and many beside what a call
+costs; or they occupy a GPU."""
 COMPILED_FRAMES = 80
 """In a block of networks compiled for a CPU: what is left at the end of a sound is shorter, and not compiled."""
 

@@ -12,7 +12,7 @@ from torch.distributions import AffineTransform, Normal, SigmoidTransform, Trans
 from tests.conftest import margin, noise, one_draw, randomise, small_flow, small_mel, small_model, told
 from wavedistill.flows.bases import BASES, StandardLogistic, StandardNormal
 from wavedistill.flows.distributions import Conditionals, FlowDistribution
-from wavedistill.flows.elementwise import Affine, Elementwise, MixtureCdf
+from wavedistill.flows.elementwise import Affine, Elementwise, MixtureCdf, bounded
 from wavedistill.flows.transforms import Autoregressive, Bound, Scale, SequentialDirectionError
 from wavedistill.models.kinds import build
 from wavedistill.recipe.loading import validate_recipe
@@ -388,3 +388,15 @@ def test_a_model_uses_the_f0_it_is_given_at_its_own_place(tiny_data: dict[str, A
         far[:, PITCH_CONTEXT], first[:, model.margin] = 200, 200
         assert torch.equal(context_of(far)[1], source), "a margin frame that touches no sample"
         assert (context_of(first)[1] != source).any(-1)[0, 0], "the first frame acts from the first sample on"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bounded_log_scale_is_a_softplus_of_any_size(dtype: torch.dtype) -> None:
+    """With its gradient, which a naive form loses where the exponential overflows."""
+    raw = torch.tensor([-100.0, -20, -5, -4.5, -4, 0, 30, 90, 1e4], dtype=dtype, requires_grad=True)
+    expected = -4.5 + torch.nn.functional.softplus(raw + 4.5)
+    found = bounded(raw, -4.5)
+    atol = 1e-6 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=atol)
+    gradients = [torch.autograd.grad(value.sum(), raw)[0] for value in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=2 * atol)

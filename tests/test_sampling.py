@@ -23,6 +23,7 @@ from wavedistill.flows.elementwise import Affine, Elementwise, MixtureCdf, StepC
 from wavedistill.flows.transforms import Autoregressive, Scale
 from wavedistill.models.compiling import compiler
 from wavedistill.recipe.recipe import Recipe
+from wavedistill.sampling import streaming
 from wavedistill.sampling.compiled import AHEAD
 from wavedistill.sampling.sequential import Solver, cached, compiled, conditioner_of, graphed, invert, naive, sample
 from wavedistill.sampling.streaming import STREAM_VALUES, slices, stream
@@ -231,12 +232,51 @@ def test_blocks_drawn_abreast_are_those_drawn_one_by_one(
     assert torch.get_num_threads() == before
 
 
+def test_blocks_are_equal_parts_of_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small rest would take nearly as long as a whole block."""
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 7)  # three frames
+    model = small_model("student")
+    mel = small_mel(1, 98).within(model.margin)
+    drawn = stream(model, split(mel, [14 + 2 * model.margin, 84]), slices(noise(1, 98 * 8)))
+    assert [block.shape[1] // 8 for block in drawn] == [3, 3, 3, 3, 2, *[3] * 28]
+
+
+def test_many_blocks_abreast_are_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 7)
+    model, most = small_model("student"), 0
+    mel = small_mel(1, 98).within(model.margin)
+    for _ in stream(model, split(mel, 40), slices(noise(1, 98 * 8)), threads=2):
+        gc.collect()
+        most = max(most, sum(type(each) is streaming._Turn for each in gc.get_objects()))
+    assert most <= 6
+
+
+def test_streams_that_overlap_leave_torch_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first to end is not the last."""
+    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 7)
+    model, before = small_model("student"), torch.get_num_threads()
+    mel = small_mel(1, 98).within(model.margin)
+    torch.set_num_threads(2)
+    try:
+        first, second = (stream(model, split(mel, 40), slices(noise(1, 784)), threads=2) for _ in range(2))
+        next(first), next(second)
+        assert torch.get_num_threads() == 1
+        first.close()
+        assert torch.get_num_threads() == 1
+        assert len(list(second)) > 10
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_error_in_one_of_the_blocks_abreast_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 7)
     model, before = small_model("student"), torch.get_num_threads()
     told = small_mel(1, 98).within(model.margin)
+    drawn = stream(model, split(told, 40), slices(noise(1, 400)), threads=3)
+    assert sum(next(drawn).shape[1] for _ in range(16)) == 384, "what was begun before it is drawn"
     with pytest.raises(ValueError, match="noise for 400 steps"):
-        list(stream(model, split(told, 40), slices(noise(1, 400)), threads=3))
+        next(drawn)
     right, calls = model.flows[1].step_parameters, iter(range(100))
     monkeypatch.setattr(model.flows[1], "step_parameters", lambda *given: right(*given) if next(calls) < 2 else 1 / 0)
     drawn = stream(model, split(told, 40), slices(noise(1, 784)), threads=3)

@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from tests.conftest import margin, speech_like, told
+from tests.conftest import HEARD, margin, speech_like, told
 from tests.test_audio import corpus
 from wavedistill.corpus.segments import Batch, Segments, dequantise
 from wavedistill.corpus.utterances import Manifest
@@ -43,7 +43,7 @@ from wavedistill.training.loop import Outcome, fit
 from wavedistill.training.losses import negative_log_likelihood
 from wavedistill.training.pace import TIMED, UNTIMED
 from wavedistill.training.preview import Preview
-from wavedistill.training.state import saved_states
+from wavedistill.training.state import State, saved_states
 from wavedistill.training.task import Player, Task, learning_rate, players
 
 STEPS = 24
@@ -526,10 +526,8 @@ def test_weights_that_are_given_stay_as_they_are(tmp_path: Path, train: Train) -
 
 
 def test_spectral_terms_weigh_more_in_the_last_quarter_of_a_distillation(tiny: Recipe) -> None:
-    """And the model to keep is chosen by what weighs at the end."""
-    settings = tiny.training["student"]
     loss = DistillationLoss(spectral=0.6, log_mel=0.2, drawn_log_mel=0.1, late=4, contrastive=0.05)
-    changed = settings.model_copy(update={"loss": loss, "steps": 80})
+    changed = tiny.training["student"].model_copy(update={"loss": loss, "steps": 80})
     recipe = tiny.model_copy(update={"training": {**tiny.training, "student": changed}})
     task = distillation_task(recipe, "student", build(recipe, "teacher", 0), torch.device("cpu"))
     density, *_ = players(task, build(recipe, "student", 0))
@@ -537,9 +535,24 @@ def test_spectral_terms_weigh_more_in_the_last_quarter_of_a_distillation(tiny: R
     late = {**early, "spectral": 2.4, "log_mel": 0.8, "drawn_log_mel": 0.4}
     early |= {"spectral": 0.6, "log_mel": 0.2, "drawn_log_mel": 0.1}
     assert [density.weights(step) for step in (0, 59, 60, 79)] == [pytest.approx(early)] * 2 + [pytest.approx(late)] * 2
-    assert task.weights == pytest.approx(late)
-    terms = {name: torch.tensor(1.0) for name in late}
-    assert density.objective(terms, 60) == pytest.approx(sum(late.values()))
+
+
+def test_late_factors_hold_in_the_steps_and_choose_the_model_to_keep(tmp_path: Path, tiny: Recipe) -> None:
+    manifest = corpus(tmp_path / "audio", tiny, [40])
+    plain = likelihood_task(tiny, "teacher")
+    task = plain._replace(
+        factors={"nll": 3.0}, settings=plain.settings.model_copy(update={"steps": 100, "grad_clip": 1e9})
+    )
+    segments = Segments(manifest, tmp_path / "audio", "train", frames=20, margin=margin(tiny))
+    norms = []
+    for step in (74, 75):
+        streams = [random_stream(0)]
+        learner = Learner(task, tiny, launch(torch.device("cpu")))
+        norms.append(learner.step([(segments.draw(streams), streams)], step)[1])
+    assert norms[1] == pytest.approx(3 * norms[0], rel=1e-3)
+    state = State(learner, "")
+    state.keep_best({"nll": 2.0}, task, tiny, HEARD, tmp_path)
+    assert state.best_objective == 6
 
 
 def test_each_player_follows_its_own_schedule_and_clipping(tmp_path: Path, tiny: Recipe) -> None:

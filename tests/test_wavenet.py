@@ -127,11 +127,12 @@ def test_source_is_seen_at_its_own_time_and_the_past_only_before() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_network_has_the_values_and_gradients_of_the_plain_one() -> None:
-    plain, compiled = (small_wavenet(layers=2, source_channels=2) for _ in range(2))
+@pytest.mark.parametrize(("squeeze", "border"), [(1, 0), (4, 3)])
+def test_a_compiled_network_has_the_values_and_gradients_of_the_plain_one(squeeze: int, border: int) -> None:
+    plain, compiled = (small_wavenet(layers=2, source_channels=2, squeeze=squeeze, border=border) for _ in range(2))
     model = nn.Sequential(compiled)
     compile_networks(model)
-    inputs = noise(2, LENGTH), noise(2, 11, 3), noise(2, LENGTH, 2, seed=1)
+    inputs = noise(2, LENGTH), noise(2, 11, 3), noise(2, LENGTH + border, 2, seed=1)
     outputs = [net(*inputs) for net in (plain, compiled)]
     torch.testing.assert_close(*outputs)
     for out in outputs:

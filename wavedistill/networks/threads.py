@@ -6,8 +6,10 @@ with two threads as with one, and 0.9 times as long if they wait passively (`wav
 """
 
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -41,6 +43,26 @@ def settle(wanted: int | None, net: Network, *, backward: bool = False, before: 
     if wanted is not None:
         torch.set_num_threads(wanted)
     return torch.get_num_threads()
+
+
+_OPEN: list[int] = []
+"""Of `one_thread`s that are open: the number of threads before the first, as often as there are."""
+_CHANGE = threading.Lock()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch computes with one thread in each that asks it; the last to leave sets the number from before."""
+    with _CHANGE:
+        _OPEN.append(_OPEN[0] if _OPEN else torch.get_num_threads())
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _CHANGE:
+            usual = _OPEN.pop()
+            if not _OPEN:
+                torch.set_num_threads(usual)
 
 
 def fastest(work: Callable[[], object], numbers: list[int]) -> int:

@@ -210,7 +210,7 @@ class WaveNet(Network):
         here = slice(self.border, self.border + covered)
         if source.shape[1] < here.stop:
             source = F.pad(source, (0, 0, 0, here.stop - source.shape[1]))
-        grouped = source[:, here].unflatten(1, (len(values), self.squeeze)).flatten(2)
+        grouped = source[:, here].unflatten(1, (values.shape[0], self.squeeze)).flatten(2)
         return added(h, grouped.transpose(0, 1).flatten(0, 1), beside)
 
     def _gates(self, i: int, taps: list[Tensor], context: Tensor | None, rows: tuple[int, ...]) -> Tensor:

@@ -77,17 +77,13 @@ class DistillationLoss(Section):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the terms at the end, by name."""
-        return self._plain | {name: self.late * weight for name, weight in self.early.items()}
-
-    @property
-    def early(self) -> dict[str, float]:
-        """Of those that change, before the last quarter of the steps."""
-        return {name: self._plain[name] for name in ("spectral", "log_mel", "drawn_log_mel")}
-
-    @property
-    def _plain(self) -> dict[str, float]:
+        """Of the terms, by name."""
         return self.model_dump(exclude={"kl_estimator", "kl_draws", "passes", "late"})
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """Of those weights that are others in the last quarter of the steps."""
+        return dict.fromkeys(("spectral", "log_mel", "drawn_log_mel"), self.late) if self.late != 1 else {}
 
 
 class Distillation(Training):

@@ -13,6 +13,7 @@ from torch import Tensor
 from wavedistill.flows.transforms import Autoregressive
 from wavedistill.models.compiling import require_compiler
 from wavedistill.models.waveform import WaveformModel
+from wavedistill.networks.threads import one_thread
 from wavedistill.networks.wavenet import WaveNetState
 from wavedistill.sampling.sequential import conditioner_of
 from wavedistill.speech.conditioning import Conditioning
@@ -49,7 +50,8 @@ def stream(
         compiled: whether torch compiles the networks first, for blocks of full length: faster after half a minute.
         consistency: brings what is drawn to its log-mel, as much later as its latency says.
         threads: of a CPU, which draw as many blocks abreast, each a flow behind the one before: what is drawn is the
-            same, and comes as many blocks later.
+            same, and comes as many blocks later. While such a stream is open, torch computes with one thread in each.
+            Compiled networks, and those under autocast, draw one block at a time all the same.
 
     Yields:
         Blocks (B, n) of the waveform; together F * hop_length samples.
@@ -58,9 +60,10 @@ def stream(
         ValueError: if the model has a flow that is not inverse autoregressive, or a piece has frames around it.
         RecipeError: if it is to be compiled, and there is no compiler.
     """
-    draw = _ParallelBlocks(model, noise, compiled)
+    draw, kind = _ParallelBlocks(model, noise, compiled), next(model.parameters()).device.type
     pieces = _cut(told, model.margin, draw.most_frames, evenly=not compiled)
-    blocks = map(draw, pieces) if threads == 1 else _abreast(draw, pieces, threads)
+    alone = threads == 1 or compiled or kind != "cpu" or torch.is_autocast_enabled(kind)
+    blocks = map(draw, pieces) if alone else _abreast(draw, pieces, min(threads, len(draw.flows) + 1))
     if consistency is not None:
         yield from consistency.stream(blocks)
     else:
@@ -182,17 +185,24 @@ class _ParallelBlocks:
 
 
 def _abreast(draw: _ParallelBlocks, pieces: Iterable[Conditioning], threads: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The blocks of pieces, as many at a time as there are threads, each of which computes alone."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """The blocks of pieces, as many at a time as there are threads."""
     waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
-    try:
-        with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
-            for piece in pieces:
-                waiting.append(pool.submit(torch.inference_mode()(draw.begin(piece))))
-                if len(waiting) > threads:
+    pool, failed = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)), None
+    begun = (pool.submit(torch.inference_mode()(draw.begin(piece))) for piece in pieces)
+    with one_thread():
+        try:
+            while failed is None:
+                try:
+                    waiting.append(next(begun))
+                except StopIteration:
+                    break
+                except Exception as error:  # after the blocks that are begun
+                    failed = error
+                while len(waiting) > threads or (waiting and waiting[0].done()):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-    finally:
-        torch.set_num_threads(usual)
+            if failed is not None:
+                raise failed
+        finally:
+            pool.shutdown(cancel_futures=True)

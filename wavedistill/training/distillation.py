@@ -61,11 +61,11 @@ def distillation_task(recipe: Recipe, name: str, teacher: WaveformModel | Teache
     loss = settings.loss
     if not isinstance(teacher, WaveformModel):
         terms = FromDensity(teacher, recipe, name, device).terms
-        return Task(name, settings, terms, loss.weights, draw, early=loss.early)
+        return Task(name, settings, terms, loss.weights, draw, factors=loss.factors)
     known = {} if teacher.pitch is None else teacher.pitch.state_dict()
     given = {f"pitch.{key}": value for key, value in known.items()}
     terms = Distillation(teacher, recipe, name, device).terms
-    return Task(name, settings, terms, loss.weights, draw, given, loss.early)
+    return Task(name, settings, terms, loss.weights, draw, given, loss.factors)
 
 
 class Objective(Generic[Known]):

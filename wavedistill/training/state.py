@@ -14,7 +14,7 @@ from wavedistill.tools.engine import by_first
 from wavedistill.tools.errors import CheckpointError
 from wavedistill.tools.progress import note
 from wavedistill.training.learner import Learner
-from wavedistill.training.task import Task
+from wavedistill.training.task import Task, weights_at
 
 KEPT_STATES = 2
 """The last states of a training that are kept: should the last be damaged, it goes on from the one before."""
@@ -52,13 +52,13 @@ class State:
 
     def keep_best(self, valid: dict[str, float], task: Task, recipe: Recipe, heard: Heard, folder: Path) -> None:
         """Write the averaged weights as the model to use if their validation terms are the best so far."""
-        total = sum(weight * valid[name] for name, weight in task.weights.items() if weight)
+        weights = weights_at(task, task.settings.steps)
+        total = sum(weight * valid[name] for name, weight in weights.items() if weight)
         if total < self.best_objective:
             self.best_step, self.best_objective, self.best_valid = self.step, total, valid
             if self.fabric.is_global_zero:
-                weights = self.learner.average.state_dict()
                 path = folder / checkpoint.MODEL_FILE
-                checkpoint.save_model(path, task.name, recipe, self.step, heard, weights)
+                checkpoint.save_model(path, task.name, recipe, self.step, heard, self.learner.average.state_dict())
 
     def save(self, folder: Path) -> None:
         """Write the state, whole or not at all, and delete the oldest."""

@@ -16,7 +16,7 @@ from wavedistill.tools.random import Streams
 Terms = Mapping[str, Tensor]
 """Named scalar terms of a loss."""
 LATE = 0.75
-"""Share of a training's steps after which its early weights no longer hold."""
+"""Share of a training's steps after which some terms may have other weights."""
 
 
 class Player(NamedTuple):
@@ -50,8 +50,8 @@ class Task(NamedTuple):
         name: of the training, and of the model that is trained.
         settings: of the optimisation.
         terms: of the loss of a model for a batch; all randomness comes from the streams of its items.
-        weights: of the terms that the model is to lessen, by which the weights to keep are chosen as well.
-        early: of those that have other weights before the last quarter of the steps, these.
+        weights: of the terms that the model is to lessen.
+        factors: of some of these, in the last quarter of the steps. The weights to keep are chosen by what weighs then.
         sample: draws audio (B, T) from a model, with the conditioning of a batch, for the log.
         given: weights of the model, by name, that are known and stay as they are.
         players: of a model, the first of which lessens the weighted terms; by default its density and its predictor.
@@ -64,7 +64,7 @@ class Task(NamedTuple):
     weights: Mapping[str, float]
     sample: Callable[[WaveformModel, Batch], Tensor]
     given: Mapping[str, Tensor] = {}
-    early: Mapping[str, float] = {}
+    factors: Mapping[str, float] = {}
     players: "Callable[[Task, WaveformModel], list[Player]] | None" = None
     start: Mapping[str, Tensor] = {}
 
@@ -86,7 +86,9 @@ def players(task: Task, model: WaveformModel) -> list[Player]:
 
 def weights_at(task: Task, step: int) -> Mapping[str, float]:
     """The weights of a task's terms at a step."""
-    return task.weights if step >= LATE * task.settings.steps else {**task.weights, **task.early}
+    if step < LATE * task.settings.steps:
+        return task.weights
+    return {name: weight * task.factors.get(name, 1) for name, weight in task.weights.items()}
 
 
 def learning_rate(settings: Training, step: int) -> float:

@@ -284,8 +284,7 @@ class Vocoder:
         abreast: bool = True,
     ) -> Iterator[Tensor]:
         """Blocks (1, n) of the waveform that the model draws from pieces of a log-mel with its margins."""
-        alone = not abreast or fused or bf16 or self.device.type != "cpu"
-        threads = 1 if alone else min(torch.get_num_threads(), len(self.model.flows) + 1)
+        threads = torch.get_num_threads() if abreast else 1
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             if self.model.streams:
                 told = (Conditioning(piece.to(self.device), 0) for piece in mel)

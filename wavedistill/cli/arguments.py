@@ -35,7 +35,9 @@ Device = Annotated[
 Threads = Annotated[
     str,
     typer.Option(
-        metavar="N", help="Threads of the CPU; `auto` measures which number is faster, and keeps a training's."
+        metavar="N",
+        help="Threads of the CPU; `auto` measures whether one or all cores are faster, and keeps a training's number. A "
+        "student draws files with all.",
     ),
 ]
 

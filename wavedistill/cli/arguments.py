@@ -36,8 +36,7 @@ Threads = Annotated[
     str,
     typer.Option(
         metavar="N",
-        help="Threads of the CPU; `auto` measures whether one or all cores are faster, and keeps a training's number. A "
-        "student draws files with all.",
+        help="Threads of the CPU; `auto` takes all cores or one, whichever is faster, and keeps a training's number.",
     ),
 ]
 

@@ -1,6 +1,7 @@
 """Mel consistency: waveforms whose log-mel is the one they were drawn for."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ MOMENTUM = 0.6
 """Of a step, on top of where the one before led: four steps with it are worth six without."""
 WEIGHT_FLOOR = 1e-3
 """Of squared windows in sum, about 1.5 where there are four to a window: less counts as this much."""
+LENGTHS = 8
+"""Numbers of frames that come at a time in a stream, of which it remembers the weights."""
 SMALLEST = 1e-30
 """Square of a magnitude; less counts as this much."""
 
@@ -77,8 +80,9 @@ class MelConsistency(nn.Module):
             Blocks (B, any number) of the waveform, `latency` samples behind what is given.
         """
         steps: list[_Step] = []
+        weights = lru_cache(LENGTHS)(self.weights)
         for wave, log_mel in pieces:
-            steps = steps or [_Step(self, wave, log_mel) for _ in range(self.passes)]
+            steps = steps or [_Step(self, weights, wave, log_mel) for _ in range(self.passes)]
             before = wave
             for step in steps:
                 wave, before = step.given(wave, before, log_mel)
@@ -118,8 +122,11 @@ class MelConsistency(nn.Module):
 class _Step:
     """One step of a stream: what is known and not done yet, and what the frames that are done change ahead of them."""
 
-    def __init__(self, consistency: MelConsistency, wave: Tensor, log_mel: Tensor) -> None:
-        self.consistency, self.before = consistency, consistency.overlap  # silence, which nobody wants back
+    def __init__(
+        self, consistency: MelConsistency, weights: Callable[[int], Tensor], wave: Tensor, log_mel: Tensor
+    ) -> None:
+        self.consistency, self.weights = consistency, weights
+        self.before = consistency.overlap  # silence, which nobody wants back
         self.wave = self.start = wave.new_zeros(len(wave), consistency.overlap)
         self.log_mel = log_mel[..., :0]
         self.ahead = consistency.n_fft - consistency.hop_length
@@ -144,7 +151,7 @@ class _Step:
         done = frames * hop
         cut = self.start.unfold(1, n_fft, hop)[:, :frames]
         change = self.consistency.overlapped(self.consistency.changes(cut, self.log_mel[..., :frames]))
-        weight = self.consistency.weights(frames)
+        weight = self.weights(frames).clone()
         change[:, : self.ahead] += self.change
         weight[:, : self.ahead] += self.weight
         ready, was = self.start[:, :done] + _mean(change[:, :done], weight[:, :done]), self.wave[:, :done]

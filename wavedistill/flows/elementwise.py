@@ -56,7 +56,7 @@ def bounded(raw: Tensor, bound: float) -> Tensor:
 
     It is r where r (any shape) is well above the bound b.
     """
-    # softplus(d) = (d + |d|) / 2 - log sigmoid |d|, in a fifth of the time of torch's own, and like it without overflow.
+    # softplus(d) = (d + |d|) / 2 - log sigmoid |d|: without overflow, in a fifth of the time of torch's own.
     above = raw - bound
     distance = above.abs()
     return bound + 0.5 * (above + distance) - distance.sigmoid().log()

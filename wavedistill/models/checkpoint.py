@@ -94,8 +94,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a wavedistill checkpoint: another program's tensors") from error
     if version != VERSION:
-        away = f"move {path.parent} away and train again, or use the wavedistill it is of"
-        advice = "install a newer wavedistill" if version > VERSION else away
+        older = "move the folder of its training away and train again, or use the wavedistill it is of"
+        advice = "install a newer wavedistill" if version > VERSION else older
         raise CheckpointError(f"{path}: of version {version} of the format, and this one reads {VERSION}: {advice}")
     return tensors, header
 

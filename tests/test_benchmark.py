@@ -13,7 +13,6 @@ from wavedistill.benchmarking import rows as rows_of
 from wavedistill.benchmarking.draws import jobs, sized_jobs
 from wavedistill.benchmarking.rows import disturbance, quartiles
 from wavedistill.benchmarking.words import crossovers, summarise
-from wavedistill.models.compiling import compiler
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.loading import validate_recipe
 from wavedistill.recipe.recipe import Recipe
@@ -74,7 +73,7 @@ def test_every_sampler_has_a_row_for_every_length(tiny: Recipe, tiny_data: dict[
     assert [job.sampler for job in found if job.threads == 2] == [
         "naive",
         *["cached", "compiled"] * 3,
-        *["parallel", "streamed", *(["fused"] if compiler() else [])] * 3,
+        *["parallel", "streamed"] * 3,
     ]
     assert {(job.batch_size, job.num_samples) for job in found if job.sampler == "streamed"} == {
         (1, 8000),
@@ -83,7 +82,7 @@ def test_every_sampler_has_a_row_for_every_length(tiny: Recipe, tiny_data: dict[
     }
     assert max(job.num_samples for job in found if job.sampler == "cached") == 16000, "more would take minutes"
     sized = sized_jobs(tiny, CPU)
-    assert {job.sampler for job in sized} == {"fused" if compiler() else "streamed"}
+    assert {job.sampler for job in sized} == {"streamed"}
     assert len({job.layers for job in sized}) > 4
 
 

@@ -22,7 +22,7 @@ from wavedistill.evaluation.verdict import Scores, against_untrained, gates, in_
 from wavedistill.experiment.folder import Experiment
 from wavedistill.experiment.stage import run_stage
 from wavedistill.models.checkpoint import load_model
-from wavedistill.models.compiling import compiler, require_compiler
+from wavedistill.models.compiling import compile_networks
 from wavedistill.recipe.loading import load_recipe
 from wavedistill.recipe.sections import Gates
 from wavedistill.speech.audio import LogMel
@@ -67,7 +67,7 @@ def test_a_bar_in_a_log_file_is_drawn_only_where_something_is_new() -> None:
 
 def test_a_cuda_without_a_gpu_is_nobodys_worry(caplog: pytest.LogCaptureFixture) -> None:
     """torch warns of it where it compiles for a CPU; of other things it goes on to warn."""
-    require_compiler(torch.device("cpu"))
+    compile_networks(torch.nn.Linear(1, 1))
     log = logging.getLogger("torch.utils.cpp_extension")
     log.addHandler(caplog.handler)
     log.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "x")
@@ -246,7 +246,6 @@ def test_benchmark_compares_the_samplers_of_one_pair(tiny_run: Path) -> None:
         "compiled": "teacher",
         "parallel": "student",
         "streamed": "student",
-        **({"fused": "student"} if compiler() else {}),
     }
     assert {row["num_samples"] for name, row in rows.items() if name != "naive"} == {1600}
     assert rows["naive"]["num_samples"] == 5
@@ -330,7 +329,7 @@ def test_a_second_run_does_nothing_and_a_changed_setting_only_what_it_must(tiny_
     )
     lines = changed.stdout.splitlines()
     assert lines[:4] == [f"{name}: up to date" for name in list(STAGES)[:4]]
-    assert re.match(r"benchmark: 1,600 samples, cpu, 1 thread: the (streamed|fused) student draws ", lines[4])
+    assert re.match(r"benchmark: 1,600 samples, cpu, 1 thread: the streamed student draws ", lines[4])
     again = wavedistill("run", TINY, "--exp", tiny_run.parent, "--device", "cpu", "--from", "benchmark")
     assert again.returncode == 0, again.stderr
     assert again.stdout.splitlines()[1].endswith("report.html")
@@ -370,9 +369,6 @@ def test_generate_gives_frames_times_hop_samples(tiny_run: Path, tmp_path: Path,
         lowered = generate("lowered", "--seed", "3", "--bf16")
         for name, wave in first.items():
             assert 0 < np.square(lowered[name] - wave).mean() < 1e-3 * np.square(wave).mean(), name
-        if compiler():
-            fused = generate("fused", "--seed", "3", "--fused")
-            assert all(np.abs(fused[name] - wave).max() <= 2 / 32768 for name, wave in first.items())
     else:
         refused = wavedistill("generate", checkpoint, inputs[0], "--out", tmp_path / "no", "--bf16")
         assert refused.returncode == 2

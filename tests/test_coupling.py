@@ -427,6 +427,6 @@ def test_every_stage_takes_a_coupling_flow_and_a_student_from_it(
     again = voice.sample(mel, seed=3)
     assert again.shape == (16000,)
     assert voice.log_prob(again, mel).isfinite()
-    done = command("generate", checkpoint, recording, "--out", out, "--fused")
+    done = command("generate", checkpoint, "-", "--out", "-")
     assert done.returncode == 2
     assert "draws at once" in " ".join(done.stderr.replace("│", " ").split())

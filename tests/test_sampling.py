@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,9 @@ from tests.conftest import RECIPES, noise, small_flow, small_mel, small_model
 from wavedistill.flows.bases import StandardLogistic, StandardNormal
 from wavedistill.flows.elementwise import Affine, Elementwise, MixtureCdf, StepConstants, solve_step
 from wavedistill.flows.transforms import Autoregressive, Scale
-from wavedistill.models.compiling import compiler
 from wavedistill.recipe.recipe import Recipe
 from wavedistill.sampling import streaming
+from wavedistill.sampling.blocks import CompiledBlocks
 from wavedistill.sampling.compiled import AHEAD
 from wavedistill.sampling.sequential import Solver, cached, compiled, conditioner_of, graphed, invert, naive, sample
 from wavedistill.sampling.streaming import STREAM_VALUES, slices, stream
@@ -209,23 +210,20 @@ def test_blocks_drawn_abreast_are_those_drawn_one_by_one(
     model, before = small_model(kind), torch.get_num_threads()
     mel, z = small_mel(2, 98).within(model.margin), noise(2, 98 * 8)
     expected = list(stream(model, split(mel, 40), slices(z)))
-    working = 0
-    for flow in model.flows:
-        original, lock = flow.step_parameters, threading.Lock()
+    working, most, locks, original = 0, list[int](), defaultdict[object, Any](threading.Lock), CompiledBlocks.__call__
 
-        def slowed(*given: Any, own: Callable[..., Any] = original, lock: Any = lock) -> Any:
-            nonlocal working
-            assert lock.acquire(blocking=False), "two blocks in one flow at a time"
-            working += 1
-            most.append(working)
-            time.sleep(random.random() / 500)
-            found = own(*given)
-            working -= 1
-            lock.release()
-            return found
+    def slowed(self: CompiledBlocks, *given: Any) -> torch.Tensor:
+        nonlocal working
+        assert locks[self].acquire(blocking=False), "two blocks in one flow at a time"
+        working += 1
+        most.append(working)
+        time.sleep(random.random() / 500)
+        found = original(self, *given)
+        working -= 1
+        locks[self].release()
+        return found
 
-        monkeypatch.setattr(flow, "step_parameters", slowed)
-    most: list[int] = []
+    monkeypatch.setattr(CompiledBlocks, "__call__", slowed)
     found = list(stream(model, split(mel, 40), slices(z), threads=threads))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert 1 < max(most) <= threads
@@ -277,8 +275,15 @@ def test_an_error_in_one_of_the_blocks_abreast_ends_the_stream(monkeypatch: pyte
     assert sum(next(drawn).shape[1] for _ in range(16)) == 384, "what was begun before it is drawn"
     with pytest.raises(ValueError, match="noise for 400 steps"):
         next(drawn)
-    right, calls = model.flows[1].step_parameters, iter(range(100))
-    monkeypatch.setattr(model.flows[1], "step_parameters", lambda *given: right(*given) if next(calls) < 2 else 1 / 0)
+    right, calls = CompiledBlocks.__call__, defaultdict[object, int](int)
+
+    def failing(self: CompiledBlocks, *given: Any) -> torch.Tensor:
+        calls[self] += 1
+        if [self] == list(calls)[1:2] and calls[self] > 2:
+            raise ZeroDivisionError
+        return right(self, *given)
+
+    monkeypatch.setattr(CompiledBlocks, "__call__", failing)
     drawn = stream(model, split(told, 40), slices(noise(1, 784)), threads=3)
     assert [next(drawn).shape[1] for _ in range(2)] == [24, 24]
     with pytest.raises(ZeroDivisionError):
@@ -294,24 +299,6 @@ def test_who_has_heard_enough_of_blocks_abreast_may_leave(monkeypatch: pytest.Mo
     next(drawn)
     drawn.close()
     assert torch.get_num_threads() == before
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(compiler() is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_stream_by_compiled_networks_equals_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of full length are compiled, once; the short ones at the ends of pieces are not."""
-    monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 7)
-    model, mel, z = small_model("student"), small_mel(2, 38), noise(2, 38 * 8)
-    torch._dynamo.reset()
-    blocks = list(stream(model, split(mel, [25, 23]), slices(z), compiled=True))
-    assert {block.shape[1] for block in blocks} > {24}
-    torch.testing.assert_close(torch.cat(blocks, 1), sample(model(mel), z), rtol=0, atol=1e-9)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for frames in (38, 31, 12):
-            shorter = mel.block(0, frames)
-            again = stream(model, split(shorter, 100), slices(z[:, : frames * 8]), compiled=True)
-            expected = sample(model(shorter), z[:, : frames * 8])
-            torch.testing.assert_close(torch.cat(list(again), 1), expected, rtol=0, atol=1e-9)
 
 
 MEMORY = """

@@ -11,6 +11,7 @@ from tests.conftest import noise, small_flow, small_wavenet
 from wavedistill.models.compiling import compile_networks
 from wavedistill.networks.encoder import MelEncoder
 from wavedistill.networks.wavenet import WaveNet, WaveNetState
+from wavedistill.sampling.blocks import SPAN, Blocks, BlocksByTorch, CompiledBlocks
 
 LENGTH = 41
 
@@ -70,18 +71,41 @@ def test_steps_equal_the_whole_sequence_from_the_first_sample_on(kernel_size: in
     torch.testing.assert_close(torch.stack(steps, 1), net(x, features), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("by", [CompiledBlocks, BlocksByTorch])
 @pytest.mark.parametrize("kernel_size", [2, 3])
 @pytest.mark.parametrize(("squeeze", "border"), [(1, 0), (4, 0), (4, 3), (2, 1)])
 @torch.no_grad()
-def test_blocks_equal_the_whole_sequence(kernel_size: int, squeeze: int, border: int) -> None:
+def test_blocks_equal_the_whole_sequence(by: Blocks, kernel_size: int, squeeze: int, border: int) -> None:
     """Shorter and longer than the past of the layers; the last one ends where it likes."""
     net = small_wavenet(kernel_size=kernel_size, source_channels=2, squeeze=squeeze, border=border)
     x, features, source = noise(2, LENGTH), noise(2, 11, 3), noise(2, LENGTH + border, 2, seed=1)
-    state, blocks = WaveNetState(net, 2, 16), []
+    net_of, blocks = by(net, 2, 16), []
     for begin, end in ((0, 4), (4, 20), (20, 36), (36, 40), (40, 41)):
         own = features[:, begin // net.repeat : -(-end // net.repeat)]
-        blocks.append(net(x[:, begin:end], own, source[:, begin : end + border], state))
+        blocks.append(net_of(x[:, begin:end], own, source[:, begin : end + border]))
     torch.testing.assert_close(torch.cat(blocks, 1), net(x, features, source), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [8, 20, 32])
+@pytest.mark.parametrize(("squeeze", "conditional"), [(1, False), (10, False), (10, True)])
+@torch.no_grad()
+def test_compiled_blocks_of_any_width_are_the_networks_to_rounding(
+    channels: int, squeeze: int, conditional: bool
+) -> None:
+    """Many spans of groups and a part of one, in float32."""
+    told = {"feature_channels": 3, "repeat": 50} if conditional else {"feature_channels": None, "repeat": squeeze}
+    net = small_wavenet(channels=channels, skip_channels=24, squeeze=squeeze, border=squeeze // 3, **told).float()
+    length = 50 * (3 * SPAN + 7) // (50 // squeeze)
+    x = noise(1, length).float()
+    features = noise(1, -(-length // 50), 3).float() if conditional else None
+    expected = net(x, features)
+    torch.testing.assert_close(CompiledBlocks(net, 1, length + 50)(x, features), expected, rtol=0, atol=1e-5)
+    if conditional:
+        with pytest.raises(ValueError, match="needs features"):
+            CompiledBlocks(net, 1, length)(x)
+        for room, told_of in ((length - 50, features), (length + 50, features[:, 1:])):
+            with pytest.raises(ValueError, match="longer than its room or its features"):
+                CompiledBlocks(net, 1, room)(x, told_of)
 
 
 def test_each_feature_governs_exactly_its_own_samples() -> None:

@@ -12,7 +12,6 @@ from wavedistill.benchmarking.rows import copy_ceiling, matrix_product_ceiling, 
 from wavedistill.benchmarking.words import PARALLEL
 from wavedistill.corpus.utterances import read_samples
 from wavedistill.experiment.folder import Experiment
-from wavedistill.models.compiling import compiler
 from wavedistill.models.kinds import build
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.recipe.models import Coupling, Iaf, Maf
@@ -48,7 +47,7 @@ class Job(NamedTuple):
     """One row to measure; `layers` asks for an untrained student of so many in place of a trained model."""
 
     model: str
-    sampler: Literal["naive", "cached", "compiled", "graphed", "parallel", "streamed", "fused"]
+    sampler: Literal["naive", "cached", "compiled", "graphed", "parallel", "streamed"]
     threads: int
     batch_size: int
     num_samples: int
@@ -56,13 +55,12 @@ class Job(NamedTuple):
 
 
 def jobs(recipe: Recipe, device: torch.device, lengths: Iterable[tuple[int, float]]) -> list[Job]:
-    """Every sampler of every trained model, for batch sizes and seconds; fused is streamed by compiled networks."""
+    """Every sampler of every trained model, for batch sizes and seconds."""
     found: list[Job] = []
     for count in threads_of(recipe, device):
         for name, kind in recipe.models.items():
             if isinstance(kind, Iaf | Coupling):
-                streamed = ["streamed", *(["fused"] if _fuses(device) else [])] if isinstance(kind, Iaf) else []
-                samplers: list[Any] = ["parallel", *streamed]
+                samplers: list[Any] = ["parallel", *(["streamed"] if isinstance(kind, Iaf) else [])]
                 found += [
                     Job(name, sampler, count, batch_size, _samples(recipe, seconds))
                     for batch_size, seconds in lengths
@@ -84,13 +82,12 @@ def jobs(recipe: Recipe, device: torch.device, lengths: Iterable[tuple[int, floa
 
 def sized_jobs(recipe: Recipe, device: torch.device) -> list[Job]:
     """Untrained students of several sizes, for the point where they are as fast as their teacher's best sampler."""
-    sampler: Literal["streamed", "fused"] = "fused" if _fuses(device) else "streamed"
     for name in recipe.training:
         student, teacher = recipe.models[name], recipe.models.get(str(recipe.teacher_of(name)))
         if isinstance(student, Iaf) and isinstance(teacher, Maf):
             sizes = [max(1, round(share * teacher.layers)) for share in CROSSOVER]
             counts, length = threads_of(recipe, device), _samples(recipe, CROSSOVER_SECONDS)
-            return [Job(name, sampler, threads, 1, length, layers) for threads in counts for layers in sizes]
+            return [Job(name, "streamed", threads, 1, length, layers) for threads in counts for layers in sizes]
     return []
 
 
@@ -158,11 +155,6 @@ def threads_of(recipe: Recipe, device: torch.device) -> Sequence[int]:
     return recipe.benchmark.threads if device.type == "cpu" else recipe.benchmark.threads[:1]
 
 
-def _fuses(device: torch.device) -> bool:
-    """Whether a student's networks are compiled for its fastest sampler; on a GPU this has never been tried."""
-    return device.type == "cpu" and compiler() is not None
-
-
 def _samples(recipe: Recipe, seconds: float) -> int:
     hop = recipe.audio.hop_length
     return max(1, round(seconds * recipe.audio.sample_rate / hop)) * hop
@@ -207,12 +199,11 @@ def _sampler(experiment: Experiment, model: WaveformModel, job: Job) -> Callable
     def random(count: int, generator: torch.Generator) -> Tensor:
         return model.base.noise((job.batch_size, count), generator).to(device)
 
-    if job.sampler in ("streamed", "fused"):
-        how: dict[str, Any] = {"compiled": job.sampler == "fused", "consistency": consistency, "threads": job.threads}
+    if job.sampler == "streamed":
 
         def draw_blocks(first: int | None = None) -> Iterator[Tensor]:
             noise = functools.partial(random, generator=random_stream(recipe.seed))
-            blocks = stream(model, pieces(), noise, **how)
+            blocks = stream(model, pieces(), noise, consistency=consistency, threads=job.threads)
             for wave in blocks:
                 if first is not None:
                     break

@@ -4,7 +4,7 @@ import itertools
 import math
 from typing import Any
 
-PARALLEL = ("parallel", "streamed", "fused")
+PARALLEL = ("parallel", "streamed")
 """Samplers of models that draw in one pass."""
 
 

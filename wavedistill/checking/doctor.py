@@ -148,5 +148,5 @@ def _extras() -> Iterator[Finding]:
 
 def _compilers() -> Iterator[Finding]:
     c = next(filter(None, map(shutil.which, [os.environ.get("CC", "cc"), "gcc", "clang"])), None)
-    for about, found, purpose in (("C", c, "installing pesq"), ("C++", compiler(), "--fused and training.compile")):
+    for about, found, purpose in (("C", c, "installing pesq"), ("C++", compiler(), "training.compile")):
         yield Finding("ok" if found else "none", f"{about} compiler", f"{found or 'not found'}; for {purpose}")

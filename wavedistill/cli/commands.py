@@ -165,7 +165,7 @@ def benchmark(
     ] = False,
     train: Annotated[bool, typer.Option("--train", help="Steps of the trainings, in a table beside.")] = False,
 ) -> None:
-    """Time the samplers of a recipe's models: naive, cached, compiled or graphed; parallel, streamed, fused."""
+    """Time the samplers of a recipe's models: naive, cached, compiled or graphed; parallel, streamed."""
     experiment = given.experiment_of(recipe, overrides, root, device, threads)
     from wavedistill.experiment.stage import run_stage
     from wavedistill.stages import benchmark as benchmarks

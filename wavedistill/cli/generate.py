@@ -54,9 +54,6 @@ def generate(
         int | None,
         typer.Option(min=0, max=64, help="Steps of mel consistency; those of the checkpoint's recipe by default."),
     ] = None,
-    fused: Annotated[
-        bool, typer.Option("--fused", help="Compile a parallel model first, half a minute: faster on most CPUs.")
-    ] = False,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="A parallel model's networks in bfloat16, for GPUs that are faster at it.")
     ] = False,
@@ -134,7 +131,7 @@ def generate(
         if wanted and not needs:
             raise typer.BadParameter(f"{name}: is for {PIPE}, standard input or output")
     vocoder, wanted_threads = load(checkpoint, given.device_of(device), passes), given.threads_of(threads)
-    for name, wanted in (("--fused", fused), ("--bf16", bf16), (f"INPUT {PIPE}", words[0] == PIPE)):
+    for name, wanted in (("--bf16", bf16), (f"INPUT {PIPE}", words[0] == PIPE)):
         if wanted and not vocoder.model.draws_in_parallel:
             raise typer.BadParameter(f"{name}: is for parallel models, and {checkpoint} draws sample by sample")
         if wanted and name != "--bf16" and not vocoder.model.streams:
@@ -142,9 +139,8 @@ def generate(
     if mel_ref_db is not None and mel_format in (None, "ln", "log10"):
         raise typer.BadParameter("--mel-ref-db: goes with --mel-format db, unit or symmetric")
     form = format_of(mel_format or "ln", mel_ref_db, mel_stats) if mel_format or mel_stats else None
-    how: dict[str, Any] = {"seed": seed, "temperature": temperature, "fused": fused, "bf16": bf16}
-    abreast = vocoder.model.streams and not (fused or bf16 or words[0] == PIPE)
-    begin = partial(_begin, vocoder, wanted_threads, fused=fused, abreast=abreast)
+    how: dict[str, Any] = {"seed": seed, "temperature": temperature, "bf16": bf16}
+    begin = partial(_begin, vocoder, wanted_threads, bf16=bf16, piped=words[0] == PIPE)
     if words[0] == PIPE:
         begin()
         _from_pipe(vocoder, how, 10 ** (gain_db / 20), raw=raw)
@@ -254,11 +250,9 @@ def _level_told(sound: Iterable["Tensor"], rate: int, level_db: float, gain: flo
                     note(f"its level differs by {-lack:+.0f} dB from the training's: try --gain-db {wanted:.0f}")
 
 
-def _begin(vocoder: "Vocoder", threads: int | None, *, fused: bool, abreast: bool) -> None:
+def _begin(vocoder: "Vocoder", threads: int | None, *, bf16: bool, piped: bool) -> None:
     from wavedistill.networks.threads import CORES, settle
-    from wavedistill.tools.progress import note
 
     # Blocks abreast do not wait for each other at every step: with all cores they are fastest beside other work, too.
-    settle(threads or (CORES if abreast else None), vocoder.model.networks[0])
-    if fused:
-        note("the networks are compiled first, for half a minute or so")
+    usual = None if bf16 or not vocoder.model.streams else 1 if piped else CORES
+    settle(threads or usual, vocoder.model.networks[0])

@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 
-import torch
 from torch import nn
 
 from wavedistill.networks.network import Network
@@ -16,17 +15,6 @@ def compiler() -> str | None:
     """The C++ compiler that torch.compile uses on a CPU, None where there is none."""
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     return name if shutil.which(name) else None
-
-
-def require_compiler(device: torch.device) -> None:
-    """Raise a `RecipeError` if compiling for a device needs a compiler that is not there."""
-    if device.type == "cpu":
-        if compiler() is None:
-            raise RecipeError(
-                "training.compile = true and --fused need a C++ compiler, g++ or the one that CXX names: install one, "
-                "or do without"
-            )
-        logging.getLogger("torch.utils.cpp_extension").addFilter(_is_about_us)
 
 
 def _is_about_us(record: logging.LogRecord) -> bool:
@@ -40,7 +28,13 @@ def compile_networks(model: nn.Module) -> None:
     Raises:
         RecipeError: if the model is on the CPU, and there is no compiler.
     """
-    require_compiler(next(model.parameters()).device)
+    if next(model.parameters()).device.type == "cpu":
+        if compiler() is None:
+            raise RecipeError(
+                "training.compile = true needs a C++ compiler, g++ or the one that CXX names: install one, "
+                "or do without"
+            )
+        logging.getLogger("torch.utils.cpp_extension").addFilter(_is_about_us)
     for module in model.modules():
         if isinstance(module, Network):
             module.compile(dynamic=False)

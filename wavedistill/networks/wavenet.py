@@ -132,9 +132,8 @@ class WaveNet(Network):
         previous = x.new_zeros(batch_size, self.squeeze) if state is None else state.previous
         known = torch.cat([previous, x, x.new_zeros(batch_size, covered - length + self.border)], 1)
         # Values where the groups of outputs are, from that on which the block before began.
-        values = known[:, self.border :].unflatten(1, (groups + 1, self.squeeze)).transpose(0, 1)
-        # The causal shift: a group sees the values of the group before.
-        h = self._inputs(values[:-1], source, covered)  # (T / squeeze * B, C)
+        values = known[:, self.border :].unflatten(1, (groups + 1, self.squeeze))
+        h = self._inputs(self.seen(values).transpose(0, 1), source, covered)  # (T / squeeze * B, C)
         context = self.project(features)
         skip = x.new_zeros(1, 1)  # under autocast, sums stay as precise as x
         for i, dilation in enumerate(self.dilations):
@@ -153,7 +152,7 @@ class WaveNet(Network):
             found = self._head(hidden).unflatten(0, (groups, batch_size)).transpose(0, 1)
         else:
             before = hidden.new_zeros(batch_size, self.skip_channels) if state is None else state.hidden
-            found = self._grouped(torch.cat([before, hidden]), values)[:, self.squeeze - self.border :]
+            found = self._grouped(torch.cat([before, hidden]), values.transpose(0, 1))[:, self.squeeze - self.border :]
         if state is not None:
             state.previous.copy_(known[:, length : length + self.squeeze])
             state.hidden.copy_(hidden[-batch_size:])
@@ -201,17 +200,24 @@ class WaveNet(Network):
         projected = product(features.transpose(0, 1), self.context.weight, self.context.bias)
         return projected.unflatten(-1, (len(self.gates), -1)).transpose(1, 2)
 
+    def seen(self, values: Tensor) -> Tensor:
+        """What the network sees of values (B, N + 1, squeeze): the causal shift, each group the one before it."""
+        return values[:, :-1]
+
+    def beside(self, source: Tensor, covered: int) -> Tensor:
+        """The source (B, at least T + border, S) in groups (B, N, squeeze * S), which cover so many steps."""
+        here = slice(self.border, self.border + covered)
+        if source.shape[1] < here.stop:
+            source = F.pad(source, (0, 0, 0, here.stop - source.shape[1]))
+        return source[:, here].unflatten(1, (-1, self.squeeze)).flatten(2)
+
     def _inputs(self, values: Tensor, source: Tensor | None, covered: int) -> Tensor:
         """The first layer's (N * B, C), of values (N, B, squeeze) and of the source (B, at least T + border, S)."""
         own, beside = self.input.weight.tensor_split([self.squeeze], 1)
         h = product(values.flatten(0, 1), own, self.input.bias)
         if source is None:
             return h
-        here = slice(self.border, self.border + covered)
-        if source.shape[1] < here.stop:
-            source = F.pad(source, (0, 0, 0, here.stop - source.shape[1]))
-        grouped = source[:, here].unflatten(1, (values.shape[0], self.squeeze)).flatten(2)
-        return added(h, grouped.transpose(0, 1).flatten(0, 1), beside)
+        return added(h, self.beside(source, covered).transpose(0, 1).flatten(0, 1), beside)
 
     def _gates(self, i: int, taps: list[Tensor], context: Tensor | None, rows: tuple[int, ...]) -> Tensor:
         """The dilated convolution of layer i, one product a tap (N, C), and its conditioning; nothing is stacked.

@@ -79,7 +79,6 @@ SAMPLERS = {
     "graphed": "sample by sample, recorded for the GPU",
     "parallel": "all samples in one pass",
     "streamed": "block by block",
-    "fused": "block by block, compiled by torch",
 }
 TERMS = {
     "nll": Named("Negative log-likelihood, nats a sample", "How much real speech surprises the model."),

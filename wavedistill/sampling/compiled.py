@@ -11,13 +11,21 @@ from typing import Any, cast
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wavedistill.flows.elementwise import StepConstants, solve_step
 from wavedistill.flows.transforms import Autoregressive, Context
 from wavedistill.networks.wavenet import WaveNet, WaveNetState
-from wavedistill.sampling.tiles import add_product, add_products, array, exponential, pack
+from wavedistill.sampling.tiles import (
+    ROWS_BYTES,
+    add_product,
+    add_products,
+    array,
+    gate,
+    pack,
+    residual_first,
+    with_bias,
+)
 
 AHEAD = 16
 """Steps for which the product of the past taps is computed at once, if the dilation allows; a power of two."""
@@ -62,12 +70,12 @@ class CompiledLoop:
         self._weights = (
             net.repeat if projected is not None else np.iinfo(np.int64).max,
             np.array(net.dilations),
-            pack(_with_bias(net.input)),
-            pack(taps[:, : net.kernel_size - 1]),
+            pack(with_bias(net.input)),
+            pack(taps[:, : net.kernel_size - 1], ROWS_BYTES),
             pack(taps[:, -1]),
-            pack(torch.stack([_residual_first(output, net.skip_channels, net.channels) for output in outputs])),
-            pack(_with_bias(net.hidden)),
-            pack(_with_bias(net.head)),
+            pack(torch.stack([residual_first(output, net.skip_channels, net.channels) for output in outputs])),
+            pack(with_bias(net.hidden)),
+            pack(with_bias(net.head)),
             net.skip_channels,
             len(net.head.bias),
             flow.elementwise.step(to_x=flow.reads == "x"),
@@ -88,17 +96,6 @@ class CompiledLoop:
 
 def _kind(tensor: Tensor) -> np.dtype:
     return tensor.detach().numpy().dtype
-
-
-def _with_bias(layer: nn.Linear) -> Tensor:
-    """The matrix (M + 1, N) that maps the inputs and a one to the outputs."""
-    return torch.cat([layer.weight.t(), layer.bias[None]])
-
-
-def _residual_first(output: nn.Linear, skips: int, channels: int) -> Tensor:
-    """As `_with_bias`, residual then skip; the last layer, which has no residual path, gets one of zeros."""
-    skip, residual = _with_bias(output).tensor_split([skips], 1)
-    return torch.cat([F.pad(residual, (0, channels - residual.shape[1])), skip], 1)
 
 
 # Division as in numpy: checked for zero as in Python, it is no vector instruction.
@@ -128,7 +125,7 @@ def _sequence(
     past = past_weights.shape[1]
     # Where a product has a bias, it is the last row of the weight, for an input of one.
     inputs = np.ones(1 + source.shape[1] + 1, given.dtype)
-    active = np.ones(channels + 1, given.dtype)
+    active = np.ones((1, channels + 1), given.dtype)
     rectified = np.ones(skips + 1, given.dtype)
     h = np.empty(output_weights.shape[1] * lanes, given.dtype)  # the residual path, then the sum of skips
     hidden = np.empty(hidden_weight.shape[0] * lanes, given.dtype)
@@ -159,15 +156,9 @@ def _sequence(
             for c in range(channels):  # a loop, which becomes vector instructions, as assigning a slice does not
                 newest[c] = h[c]
             first += length
-            gate = gates[layer, place]
-            add_product(gate, h, gate_weights[layer])
-            # tanh(f) sigmoid(g) = (e^2f - 1) / (e^2f + 1) / (1 + e^-g), with one division; tanh(20) rounds to 1.
-            for c in range(channels):
-                gate[c] = min(gate[c], 40)
-            exponential(gate[: 2 * channels])
-            for c in range(channels):
-                active[c] = (gate[c] - 1) / ((gate[c] + 1) * (gate[channels + c] + 1))
-            add_product(h, active, output_weights[layer])
+            add_product(gates[layer, place], h, gate_weights[layer])
+            gate(active, gates[layer, place : place + 1], channels)
+            add_product(h, active[0], output_weights[layer])
         for c in range(skips):
             rectified[c] = max(h[channels + c], 0) * layers**-0.5
         hidden[:] = 0

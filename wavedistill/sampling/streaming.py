@@ -11,20 +11,17 @@ import torch
 from torch import Tensor
 
 from wavedistill.flows.transforms import Autoregressive
-from wavedistill.models.compiling import require_compiler
 from wavedistill.models.waveform import WaveformModel
 from wavedistill.networks.threads import one_thread
-from wavedistill.networks.wavenet import WaveNetState
+from wavedistill.sampling.blocks import Blocks, BlocksByTorch, CompiledBlocks
 from wavedistill.sampling.sequential import conditioner_of
 from wavedistill.speech.conditioning import Conditioning
-from wavedistill.speech.consistency import MelConsistency
+from wavedistill.speech.consistency import ConsistentStream, MelConsistency
 from wavedistill.speech.linear_prediction import LinearPrediction
 
 STREAM_VALUES = {"cpu": 200_000, "cuda": 4_000_000}
 """Of a layer in a student's block, and its samples, about: few enough for a core's cache, and many beside what a call
 costs; or they occupy a GPU."""
-COMPILED_FRAMES = 80
-"""In a block of networks compiled for a CPU: what is left at the end of a sound is shorter, and not compiled."""
 
 
 @torch.inference_mode()
@@ -33,7 +30,6 @@ def stream(
     told: Iterable[Conditioning],
     noise: Callable[[int], Tensor],
     *,
-    compiled: bool = False,
     consistency: MelConsistency | None = None,
     threads: int = 1,
 ) -> Iterator[Tensor]:
@@ -47,38 +43,35 @@ def stream(
         told: pieces of any number of frames, none around them, of what the model would be called with, its margins
             included.
         noise: gives the next n values (B, n) of the base noise.
-        compiled: whether torch compiles the networks first, for blocks of full length: faster after half a minute.
         consistency: brings what is drawn to its log-mel, as much later as its latency says.
         threads: of a CPU, which draw as many blocks abreast, each a flow behind the one before: what is drawn is the
             same, and comes as many blocks later. While such a stream is open, torch computes with one thread in each.
-            Compiled networks, and those under autocast, draw one block at a time all the same.
+            Under autocast, one block is drawn at a time all the same.
 
     Yields:
         Blocks (B, n) of the waveform; together F * hop_length samples.
 
     Raises:
         ValueError: if the model has a flow that is not inverse autoregressive, or a piece has frames around it.
-        RecipeError: if it is to be compiled, and there is no compiler.
     """
-    draw, kind = _ParallelBlocks(model, noise, compiled), next(model.parameters()).device.type
-    pieces = _cut(told, model.margin, draw.most_frames, evenly=not compiled)
-    alone = threads == 1 or compiled or kind != "cpu" or torch.is_autocast_enabled(kind)
-    blocks = map(draw, pieces) if alone else _abreast(draw, pieces, min(threads, len(draw.flows) + 1))
-    if consistency is not None:
-        yield from consistency.stream(blocks)
-    else:
-        yield from (wave for wave, _ in blocks)
+    draw = _ParallelBlocks(model, noise, consistency)
+    pieces = _cut(told, model.margin, draw.most_frames)
+    abreast = min(threads, len(draw.flows) + 1) if draw.in_compiled_code else 1
+    for wave in map(draw, pieces) if abreast == 1 else _abreast(draw, pieces, abreast):
+        if wave.shape[1]:
+            yield wave
+    yield from draw.rest()
 
 
-def _cut(told: Iterable[Conditioning], margin: int, most_frames: int, *, evenly: bool) -> Iterator[Conditioning]:
-    """Blocks of at most so many frames, with those around them, as soon as they are known; in equal parts or full."""
+def _cut(told: Iterable[Conditioning], margin: int, most_frames: int) -> Iterator[Conditioning]:
+    """Blocks of at most so many frames, with those around them, as soon as they are known; in equal parts."""
     known: Conditioning | None = None  # and not cut off yet, but for the margin before it
     for piece in told:
         if piece.margin:
             raise ValueError(f"a piece of a stream has no frames around it, and this one has {piece.margin}")
         known = piece if known is None else known.followed_by(piece)
         while (ready := known.frames - 2 * margin) > 0:
-            count = -(-ready // -(-ready // most_frames)) if evenly else min(most_frames, ready)
+            count = -(-ready // -(-ready // most_frames))
             yield known.block(margin, count, margin)
             known = known.block(count, known.frames - count)
 
@@ -120,9 +113,16 @@ class _Turn:
 
 
 class _ParallelBlocks:
-    """Consecutive blocks of a parallel model's waveform; arguments as in `stream`."""
+    """Consecutive blocks of a parallel model's waveform; arguments as in `stream`.
 
-    def __init__(self, model: WaveformModel, noise: Callable[[int], Tensor], compiled: bool) -> None:
+    Attributes:
+        most_frames: of a block.
+        in_compiled_code: whether the networks are computed by `CompiledBlocks`.
+    """
+
+    def __init__(
+        self, model: WaveformModel, noise: Callable[[int], Tensor], consistency: MelConsistency | None
+    ) -> None:
         self.model, self.noise, self.flows = model, noise, []
         for flow in model.flows:
             if not (isinstance(flow, Autoregressive) and flow.reads == "z"):
@@ -135,44 +135,44 @@ class _ParallelBlocks:
         # Beside a layer's, a sample has values of its own, its noise and source for instance.
         values_a_frame = model.encoder.hop_length * (1 + max(net.channels / net.squeeze for net in nets))
         kind = next(model.parameters()).device.type
-        most = int(STREAM_VALUES[kind] / values_a_frame)
-        self.most_frames = max(1, min(most, COMPILED_FRAMES) if compiled and kind == "cpu" else most)
-        self._parameters = [flow.step_parameters for flow in self.flows]
-        # Every other length would be compiled anew.
-        self._parameters_of_full_blocks = self._parameters
-        if compiled:
-            require_compiler(next(model.parameters()).device)
-            self._parameters_of_full_blocks = [torch.compile(each, dynamic=False) for each in self._parameters]
-        self._states: list[WaveNetState] = []
+        self.most_frames = max(1, int(STREAM_VALUES[kind] / values_a_frame))
+        self.in_compiled_code = kind == "cpu" and not torch.is_autocast_enabled(kind)
+        self._conditioners: list[Blocks] = []
+        self._consistent = None if consistency is None else ConsistentStream(consistency)
         self._phase: Tensor | None = None
         self._tail: Tensor | None = None
         self._turn: _Turn | None = None
 
-    def __call__(self, told: Conditioning) -> tuple[Tensor, Tensor]:
-        """The next block: waveform (B, F * hop_length) and log-mel (B, n_mels, F), from F frames and those around."""
+    def __call__(self, told: Conditioning) -> Tensor:
+        """What is done of the waveform (B, any number), from F frames more and those around."""
         return self.begin(told)()
 
-    def begin(self, told: Conditioning) -> Callable[[], tuple[Tensor, Tensor]]:
+    def rest(self) -> Iterator[Tensor]:
+        """What is left of it (B, any number)."""
+        if self._consistent is not None:
+            yield from self._consistent.rest()
+
+    def begin(self, told: Conditioning) -> Callable[[], Tensor]:
         """What draws the next block, in any thread while another draws those before it; its noise is drawn now."""
-        # What is compiled for one layout in memory, a view for instance, is compiled anew for another.
-        noise = self.noise(told.frames * self.model.encoder.hop_length).clone(memory_format=torch.contiguous_format)
-        if not self._states:
+        noise = self.noise(told.frames * self.model.encoder.hop_length)
+        if not self._conditioners:
             room = self.most_frames * self.model.encoder.hop_length
-            self._states = [WaveNetState(conditioner_of(flow), len(noise), room) for flow in self.flows]
+            by = CompiledBlocks if self.in_compiled_code else BlocksByTorch
+            self._conditioners = [by(conditioner_of(flow), len(noise), room) for flow in self.flows]
         self._turn = _Turn(self._turn, len(self.flows) + 2)
         return partial(self._draw, told, noise, self._turn)
 
-    def _draw(self, told: Conditioning, x: Tensor, turn: _Turn) -> tuple[Tensor, Tensor]:
+    def _draw(self, told: Conditioning, x: Tensor, turn: _Turn) -> Tensor:
         model = self.model
         with turn.at(0):
             context, self._phase = model.context(told, phase=self._phase)
         features, source = (*context, None)[:2]
-        parameters = self._parameters_of_full_blocks if told.frames == self.most_frames else self._parameters
-        for stage, (flow, parameters_of, state) in enumerate(zip(self.flows, parameters, self._states, strict=True), 1):
+        for stage, (flow, conditioner) in enumerate(zip(self.flows, self._conditioners, strict=True), 1):
             with turn.at(stage):
-                x, _ = flow.elementwise.to_x(x, *parameters_of(x, (features, source, state)))
+                x, _ = flow.elementwise.to_x(x, *flow.elementwise.parameters(conditioner(x, features, source)))
         with turn.at(len(self.flows) + 1):
-            return self._waveform(told, x), told.within(0).mel
+            wave = self._waveform(told, x)
+            return wave if self._consistent is None else self._consistent.given(wave, told.within(0).mel)
 
     def _waveform(self, told: Conditioning, residual: Tensor) -> Tensor:
         if not isinstance(self.model.shared, LinearPrediction):
@@ -184,9 +184,9 @@ class _ParallelBlocks:
         return wave.to(residual.dtype)
 
 
-def _abreast(draw: _ParallelBlocks, pieces: Iterable[Conditioning], threads: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _abreast(draw: _ParallelBlocks, pieces: Iterable[Conditioning], threads: int) -> Iterator[Tensor]:
     """The blocks of pieces, as many at a time as there are threads."""
-    waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
+    waiting: deque[Future[Tensor]] = deque()
     pool, failed = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)), None
     begun = (pool.submit(torch.inference_mode()(draw.begin(piece))) for piece in pieces)
     with one_thread():

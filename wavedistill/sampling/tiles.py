@@ -6,14 +6,20 @@ from typing import Any, cast
 
 import numba
 import numpy as np
+import torch
 import torch.nn.functional as F
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba.core import types
 from numba.extending import intrinsic, models, overload, register_model
-from torch import Tensor
+from torch import Tensor, nn
 
 TILE_BYTES = 256
 """Outputs that a product of matrix and vector keeps in registers: 64 in float32."""
+ROWS = 6
+"""Vectors that share each read of a weight in a product of matrices."""
+ROWS_BYTES = 2 * (64 if get_host_cpu_features().get("avx512f") else 32)
+"""Outputs that such a product keeps in registers for each of them: two registers' worth."""
 
 
 def array(tensor: Tensor) -> np.ndarray:
@@ -21,15 +27,26 @@ def array(tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.detach().numpy())
 
 
-def pack(weight: Tensor) -> np.ndarray:
-    """Matrices (..., M, N) as tiles of columns (..., tiles, M, lanes), with zeros beside them."""
-    lanes = TILE_BYTES // weight.element_size()
+def pack(weight: Tensor, width: int = TILE_BYTES) -> np.ndarray:
+    """Matrices (..., M, N) as tiles of columns (..., tiles, M, lanes) of a width in bytes, with zeros beside them."""
+    lanes = width // weight.element_size()
     padded = F.pad(weight, (0, -weight.shape[-1] % lanes))
     return array(padded.unflatten(-1, (-1, lanes)).transpose(-2, -3))
 
 
+def with_bias(layer: nn.Linear) -> Tensor:
+    """The matrix (M + 1, N) that maps the inputs and a one to the outputs."""
+    return torch.cat([layer.weight.t(), layer.bias[None]])
+
+
+def residual_first(output: nn.Linear, skips: int, channels: int) -> Tensor:
+    """As `with_bias`, residual then skip; the last layer, which has no residual path, gets one of zeros."""
+    skip, residual = with_bias(output).tensor_split([skips], 1)
+    return torch.cat([F.pad(residual, (0, channels - residual.shape[1])), skip], 1)
+
+
 def exponential(values: np.ndarray) -> None:
-    """Replace values by their exponentials."""
+    """Replace values by their exponentials, which stay finite."""
     raise NotImplementedError("compiled code only")
 
 
@@ -54,51 +71,77 @@ def _exponential_of_kind(values: np.ndarray) -> Callable[[np.ndarray], None]:
 
     def double(values: np.ndarray) -> None:
         for i in range(len(values)):
-            values[i] = math.exp(values[i])
+            values[i] = math.exp(min(values[i], 700))
 
     return single if values.dtype == numba.float32 else double
 
 
 @numba.njit(cache=True, fastmath={"contract"})
 def add_product(y: np.ndarray, x: np.ndarray, weight: np.ndarray) -> None:
-    """y (N,) += x (M or more,) @ packed weight (tiles, M, lanes)."""
+    """y (N,) += x (M or more,) @ weight packed in `TILE_BYTES` (tiles, M, lanes)."""
     tiles, inputs, lanes = weight.shape
     for tile in range(tiles):
-        total = _load(y, tile * lanes)
+        total = _load(y, tile * lanes, TILE_BYTES)
         for i in range(inputs):
-            total = _add(total, x[i], _load(weight, (tile * inputs + i) * lanes))
+            total = _add(total, x[i], _load(weight, (tile * inputs + i) * lanes, TILE_BYTES))
         _store(y, tile * lanes, total)
 
 
 @numba.njit(cache=True, fastmath={"contract"})
 def add_products(y: np.ndarray, x: np.ndarray, weight: np.ndarray) -> None:
-    """As `add_product` for every step of y (n, N) and x (n, M): four share each read of a weight."""
+    """y (n, N) += x (n, M or more) @ weight packed in `ROWS_BYTES` (tiles, M, lanes); all are contiguous."""
     tiles, inputs, lanes = weight.shape
-    full = len(x) // 4 * 4
-    for s in range(0, full, 4):
-        x0, x1, x2, x3 = x[s], x[s + 1], x[s + 2], x[s + 3]
-        y0, y1, y2, y3 = y[s], y[s + 1], y[s + 2], y[s + 3]
+    width, full = y.shape[1], len(x) // ROWS * ROWS
+    for s in range(0, full, ROWS):
         for tile in range(tiles):
-            at = tile * lanes
-            total0, total1, total2, total3 = _load(y0, at), _load(y1, at), _load(y2, at), _load(y3, at)
+            at = s * width + tile * lanes
+            total0, total1 = _load(y, at, ROWS_BYTES), _load(y, at + width, ROWS_BYTES)
+            total2, total3 = _load(y, at + 2 * width, ROWS_BYTES), _load(y, at + 3 * width, ROWS_BYTES)
+            total4, total5 = _load(y, at + 4 * width, ROWS_BYTES), _load(y, at + 5 * width, ROWS_BYTES)
             for i in range(inputs):
-                w = _load(weight, (tile * inputs + i) * lanes)
-                total0, total1 = _add(total0, x0[i], w), _add(total1, x1[i], w)
-                total2, total3 = _add(total2, x2[i], w), _add(total3, x3[i], w)
-            _store(y0, at, total0)
-            _store(y1, at, total1)
-            _store(y2, at, total2)
-            _store(y3, at, total3)
+                w = _load(weight, (tile * inputs + i) * lanes, ROWS_BYTES)
+                total0, total1 = _add(total0, x[s, i], w), _add(total1, x[s + 1, i], w)
+                total2, total3 = _add(total2, x[s + 2, i], w), _add(total3, x[s + 3, i], w)
+                total4, total5 = _add(total4, x[s + 4, i], w), _add(total5, x[s + 5, i], w)
+            _store(y, at, total0)
+            _store(y, at + width, total1)
+            _store(y, at + 2 * width, total2)
+            _store(y, at + 3 * width, total3)
+            _store(y, at + 4 * width, total4)
+            _store(y, at + 5 * width, total5)
     for s in range(full, len(x)):
-        add_product(y[s], x[s], weight)
+        for tile in range(tiles):
+            at = s * width + tile * lanes
+            total = _load(y, at, ROWS_BYTES)
+            for i in range(inputs):
+                total = _add(total, x[s, i], _load(weight, (tile * inputs + i) * lanes, ROWS_BYTES))
+            _store(y, at, total)
+
+
+@numba.njit(cache=True, error_model="numpy", fastmath={"contract"})
+def gate(active: np.ndarray, gates: np.ndarray, channels: int) -> None:
+    """active (n, C or more) = tanh(f) sigmoid(g), of gates (n, 2 C or more) that are 2f and -g, and are overwritten."""
+    one = gates.dtype.type(1)  # Python's is of float64, and so would be all that it is added to
+    exponential(gates.reshape(-1))
+    for n in range(len(gates)):
+        for c in range(channels):
+            active[n, c] = (gates[n, c] - one) / (gates[n, c] + one) / (gates[n, channels + c] + one)
+
+
+@numba.njit(cache=True)
+def copy_row(y: np.ndarray, to: int, x: np.ndarray, start: int, width: int) -> None:
+    """Copy so many values in whole tiles from x to y, both contiguous, by their places in memory."""
+    lanes = ROWS_BYTES // y.itemsize
+    for at in range(0, width, lanes):
+        _store(y, to + at, _load(x, start + at, ROWS_BYTES))
 
 
 class _Tile(types.Type):
     """Numbers that compiled code holds as one vector, which LLVM spreads over the registers of the processor."""
 
-    def __init__(self, dtype: types.Float) -> None:
-        super().__init__(f"Tile({dtype})")
-        self.dtype, self.lanes = dtype, TILE_BYTES * 8 // dtype.bitwidth
+    def __init__(self, dtype: types.Float, width: types.IntegerLiteral) -> None:
+        self.dtype, self.lanes = dtype, width.literal_value * 8 // dtype.bitwidth
+        super().__init__(f"Tile({dtype}, {self.lanes})")
 
 
 @register_model(_Tile)
@@ -107,31 +150,34 @@ class _TileModel(models.PrimitiveModel):
         super().__init__(manager, tile, ir.VectorType(manager.lookup(tile.dtype).get_value_type(), tile.lanes))
 
 
-def _address(context: Any, builder: Any, kind: Any, array: Any, offset: Any) -> Any:
-    data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [offset]), context.get_value_type(_Tile(kind.dtype)).as_pointer())
+def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, tile: _Tile) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [offset]), context.get_value_type(tile).as_pointer())
 
 
 # To the type checker: called without the first argument, which numba adds.
-_instruction = cast(Callable[[Callable[..., Any]], Callable[..., Any]], intrinsic)
+_instruction = cast(Callable[[Callable[..., Any]], Callable[..., Any]], intrinsic(prefer_literal=True))
 
 
 @_instruction
-def _load(_typing: Any, array: Any, offset: Any) -> Any:
-    """The tile that starts `offset` elements into a contiguous array."""
+def _load(_typing: Any, array: Any, offset: Any, width: Any) -> Any:
+    """The tile, of a width in bytes, that starts `offset` elements into a contiguous array."""
+    tile = _Tile(array.dtype, width)
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.load(_address(context, builder, array, *args), align=array.dtype.bitwidth // 8)
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _address(context, builder, signature.args[0], args[0], args[1], tile)
+        return builder.load(place, align=tile.dtype.bitwidth // 8)
 
-    return _Tile(array.dtype)(array, types.intp), generate
+    return tile(array, types.intp, width), generate
 
 
 @_instruction
 def _store(_typing: Any, array: Any, offset: Any, tile: Any) -> Any:
     """Write a tile `offset` elements into a contiguous array."""
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> None:
-        builder.store(args[2], _address(context, builder, array, *args[:2]), align=array.dtype.bitwidth // 8)
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _address(context, builder, signature.args[0], args[0], args[1], tile)
+        builder.store(args[2], place, align=tile.dtype.bitwidth // 8)
 
     return types.void(array, types.intp, tile), generate
 

@@ -1,6 +1,6 @@
 """Mel consistency: waveforms whose log-mel is the one they were drawn for."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -73,28 +73,6 @@ class MelConsistency(nn.Module):
             wave, before = start + _mean(change, weight)[:, inside], wave
         return wave
 
-    def stream(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """As `forward`, of pieces of n frames, any number: waveform (B, n * hop_length) and log-mel (B, n_mels, n).
-
-        Yields:
-            Blocks (B, any number) of the waveform, `latency` samples behind what is given.
-        """
-        steps: list[_Step] = []
-        weights = lru_cache(LENGTHS)(self.weights)
-        for wave, log_mel in pieces:
-            steps = steps or [_Step(self, weights, wave, log_mel) for _ in range(self.passes)]
-            before = wave
-            for step in steps:
-                wave, before = step.given(wave, before, log_mel)
-            if wave.shape[1]:
-                yield wave
-        for number, step in enumerate(steps):
-            wave, before = step.rest()
-            for later in steps[number + 1 :]:
-                wave, before = later.given(wave, before)
-            if wave.shape[1]:
-                yield wave
-
     def changes(self, cut: Tensor, log_mel: Tensor) -> Tensor:
         """What a step adds to each frame (B, F, n_fft) of a waveform, times the window, given (B, n_mels, F)."""
         filters, spread, window = (each.to(cut.dtype) for each in (self.filters, self.spread, self.window))
@@ -119,6 +97,32 @@ class MelConsistency(nn.Module):
         return total.flatten(1)
 
 
+class ConsistentStream:
+    """A waveform that comes piece by piece, after the steps that `MelConsistency` gives the whole."""
+
+    def __init__(self, consistency: MelConsistency) -> None:
+        self._consistency, self._steps = consistency, list[_Step]()
+        self._weights = lru_cache(LENGTHS)(consistency.weights)
+
+    def given(self, wave: Tensor, log_mel: Tensor) -> Tensor:
+        """What is done (B, any number), `latency` behind, after n frames more: (B, n * hop_length), (B, n_mels, n)."""
+        if not self._steps:
+            steps = range(self._consistency.passes)
+            self._steps = [_Step(self._consistency, self._weights, wave, log_mel) for _ in steps]
+        before = wave
+        for step in self._steps:
+            wave, before = step.given(wave, before, log_mel)
+        return wave
+
+    def rest(self) -> Iterator[Tensor]:
+        """What is left (B, any number), once silence follows."""
+        if self._steps:
+            wave = before = self._steps[0].wave[:, :0]
+            for step in self._steps:
+                wave, before = step.rest(wave, before)
+            yield wave
+
+
 class _Step:
     """One step of a stream: what is known and not done yet, and what the frames that are done change ahead of them."""
 
@@ -132,7 +136,7 @@ class _Step:
         self.ahead = consistency.n_fft - consistency.hop_length
         self.change, self.weight = wave.new_zeros(len(wave), self.ahead), wave.new_zeros(1, self.ahead)
 
-    def given(self, wave: Tensor, before: Tensor, log_mel: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def given(self, wave: Tensor, before: Tensor, log_mel: Tensor) -> tuple[Tensor, Tensor]:
         """What no frame will change any more (B, any number), and what it was, now that a piece more is known.
 
         Args:
@@ -143,8 +147,7 @@ class _Step:
         hop, n_fft = self.consistency.hop_length, self.consistency.n_fft
         self.wave = torch.cat([self.wave, wave], 1)
         self.start = torch.cat([self.start, _beyond(wave, before)], 1)
-        if log_mel is not None:
-            self.log_mel = torch.cat([self.log_mel, log_mel], -1)
+        self.log_mel = torch.cat([self.log_mel, log_mel], -1)
         frames = min((self.wave.shape[1] - self.ahead) // hop, self.log_mel.shape[-1])
         if frames <= 0:
             return wave[:, :0], wave[:, :0]
@@ -161,10 +164,11 @@ class _Step:
         self.before -= skipped
         return ready[:, skipped:], was[:, skipped:]
 
-    def rest(self) -> tuple[Tensor, Tensor]:
-        """What is left (B, any number), and what it was, once silence follows."""
+    def rest(self, wave: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """What is left (B, any number), and what it was, once silence follows a last piece without frames."""
         silence = self.wave.new_zeros(len(self.wave), self.consistency.overlap)
-        ready, was = self.given(silence, silence)
+        wave, before = (torch.cat([each, silence], 1) for each in (wave, before))
+        ready, was = self.given(wave, before, self.log_mel[..., :0])
         left = self.wave.shape[1] - self.consistency.overlap
         last = self.start[:, :left] + _mean(self.change[:, :left], self.weight[:, :left])
         # Of a file shorter than the silence before it, that is still there.

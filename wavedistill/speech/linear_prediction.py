@@ -126,11 +126,11 @@ class LinearPredictionFromMel(nn.Module):
     def forward(self, log_mel: Tensor) -> tuple[Tensor, Tensor]:
         """Log-mel (B, n_mels, F) -> coefficients (B, F, order) and log-gain (B, F); without gradient."""
         with torch.no_grad():
-            bands = log_mel.transpose(1, 2).double() - self.band_gain
+            bands = log_mel.double() - self.band_gain[:, None]
             # Not a matrix product, whose rounding would differ with the number of frames, and grow in what follows.
-            bins = torch.lerp(bands[..., self.lower], bands[..., self.upper], self.share)
-            power = (2 * bins).exp()  # (B, F, bins)
-            autocorrelation = torch.fft.irfft(power)[..., : self.order + 1] * self.lag_window
+            lower, upper = (bands.index_select(1, band) for band in (self.lower, self.upper))
+            power = (2 * torch.lerp(lower, upper, self.share[:, None])).exp()  # (B, bins, F)
+            autocorrelation = torch.fft.irfft(power.transpose(1, 2))[..., : self.order + 1] * self.lag_window
             autocorrelation[..., 0] += 1 / (12 * PCM16_STEPS**2)
             coefficients, error = levinson_durbin(autocorrelation)
         return coefficients.to(log_mel.dtype), 0.5 * error.log().to(log_mel.dtype)

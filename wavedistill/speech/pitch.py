@@ -87,10 +87,11 @@ class PeriodicSource(nn.Module):
         voiced = hertz > 0
         harmonics = (self.sample_rate / 2 / hertz.clamp_min(1)).floor().clamp_min(1)
         half = angle / 2
-        near = half.sin().abs() < 1e-6
-        pulse = torch.where(near, 2 * harmonics + 1, ((2 * harmonics + 1) * half).sin() / half.sin().where(~near, 1.0))
-        source = torch.stack([angle.sin(), angle.cos(), pulse / (2 * harmonics).sqrt(), torch.ones_like(angle)], -1)
-        return (source * voiced[..., None]).to(kind), periods[:, length - 1] % 1
+        sine, cosine = half.sin(), half.cos()
+        near = sine.abs() < 1e-6
+        pulse = torch.where(near, 2 * harmonics + 1, ((2 * harmonics + 1) * half).sin() / sine.where(~near, 1.0))
+        parts = [2 * sine * cosine, 1 - 2 * sine.square(), pulse / (2 * harmonics).sqrt(), torch.ones_like(angle)]
+        return torch.stack(parts, -1).to(kind) * voiced[..., None], periods[:, length - 1] % 1
 
 
 class PitchPredictor(nn.Module):

@@ -1,4 +1,4 @@
-"""Time the samplers of a recipe's models: naive, cached, compiled or graphed; parallel, streamed, fused."""
+"""Time the samplers of a recipe's models: naive, cached, compiled or graphed; parallel, streamed."""
 
 from collections.abc import Callable
 from pathlib import Path

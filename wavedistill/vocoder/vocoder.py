@@ -120,7 +120,7 @@ class Vocoder:
         mel, said = self._understood(source, form, "log-mel")
         for word in said:
             warnings.warn(f"log-mel: {word}", stacklevel=2)
-        blocks = self._drawn([self._padded(mel)], self._noise(seed, temperature), fused=False, bf16=False)
+        blocks = self._drawn([self._padded(mel)], self._noise(seed, temperature), bf16=False)
         return torch.cat([block[0].cpu() for block in blocks])
 
     def sample(self, mel: Tensor, seed: int = 0, temperature: float = 1.0) -> Tensor:
@@ -144,7 +144,6 @@ class Vocoder:
         temperature: float = 1.0,
         *,
         gain: float = 1.0,
-        fused: bool = False,
         bf16: bool = False,
     ) -> Iterator[Tensor]:
         """The waveform for sound that comes piece by piece, equal to that of one pass, in memory that does not grow.
@@ -155,8 +154,7 @@ class Vocoder:
             temperature: scale of the noise.
             gain: to the level of the training, which is taken back from what is drawn; a file's is measured, while of
                 what has not been heard nobody knows it.
-            fused: whether the networks are compiled first.
-            bf16: whether they compute in bfloat16.
+            bf16: whether the networks compute in bfloat16.
 
         Yields:
             Blocks (n,), `latency` samples behind what is given, and together as long, filled up to a whole hop.
@@ -166,7 +164,7 @@ class Vocoder:
         """
         pieces = (piece[None] * gain for piece in sound)
         mel = self._log_mel.of_blocks(pieces, self.model.margin)
-        for block in self._drawn(mel, self._noise(seed, temperature), fused=fused, bf16=bf16, abreast=False):
+        for block in self._drawn(mel, self._noise(seed, temperature), bf16=bf16, abreast=False):
             yield self._sound(block, gain, "what comes")
 
     @property
@@ -193,7 +191,6 @@ class Vocoder:
         temperature: float = 1.0,
         form: MelFormat | None = None,
         *,
-        fused: bool = False,
         bf16: bool = False,
     ) -> tuple[Tensor, int]:
         """The waveform (T,) for one input file, and how many of its samples clip.
@@ -221,7 +218,7 @@ class Vocoder:
         with progress(
             desc=path.name, total=length, unit="sample", unit_scale=True, leave=False, delay=PATIENCE_SECONDS
         ) as bar:
-            for drawn in self._drawn(mel, self._noise(seed, temperature), path.name, fused=fused, bf16=bf16):
+            for drawn in self._drawn(mel, self._noise(seed, temperature), path.name, bf16=bf16):
                 block = self._sound(drawn, gain, shown(path))
                 clipped += int((block.abs() > 1).sum())
                 wave[end : end + len(block)], end = block, end + len(block)
@@ -279,7 +276,6 @@ class Vocoder:
         noise: Callable[[int], Tensor],
         label: str | None = None,
         *,
-        fused: bool,
         bf16: bool,
         abreast: bool = True,
     ) -> Iterator[Tensor]:
@@ -288,8 +284,7 @@ class Vocoder:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             if self.model.streams:
                 told = (Conditioning(piece.to(self.device), 0) for piece in mel)
-                consistency = self.consistency
-                yield from stream(self.model, told, noise, compiled=fused, consistency=consistency, threads=threads)
+                yield from stream(self.model, told, noise, consistency=self.consistency, threads=threads)
                 return
             whole = Conditioning(torch.cat(list(mel), -1).to(self.device), self.model.margin)
             bar = None if self.model.draws_in_parallel else label

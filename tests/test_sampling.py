@@ -230,6 +230,16 @@ def test_blocks_drawn_abreast_are_those_drawn_one_by_one(
     assert torch.get_num_threads() == before
 
 
+def test_a_model_in_half_precision_is_streamed_by_torch() -> None:
+    """Compiled code is of float32 and float64."""
+    model, mel, z = small_model("student"), small_mel(1, 38), noise(1, 38 * 8)
+    expected = torch.cat(list(stream(model, [Conditioning(mel.mel, 0)], slices(z))), 1)
+    told = Conditioning(mel.mel.bfloat16(), 0)
+    found = torch.cat(list(stream(model.bfloat16(), [told], slices(z.bfloat16()), threads=2)), 1)
+    assert found.dtype == torch.bfloat16
+    assert 0 < (found - expected).square().mean() < 0.01 * expected.square().mean()
+
+
 def test_blocks_are_equal_parts_of_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small rest would take nearly as long as a whole block."""
     monkeypatch.setitem(STREAM_VALUES, "cpu", 24 * 7)  # three frames

@@ -46,7 +46,7 @@ def stream(
         consistency: brings what is drawn to its log-mel, as much later as its latency says.
         threads: of a CPU, which draw as many blocks abreast, each a flow behind the one before: what is drawn is the
             same, and comes as many blocks later. While such a stream is open, torch computes with one thread in each.
-            Under autocast, one block is drawn at a time all the same.
+            Under autocast or in half precision, one block is drawn at a time all the same.
 
     Yields:
         Blocks (B, n) of the waveform; together F * hop_length samples.
@@ -134,9 +134,11 @@ class _ParallelBlocks:
         nets = [conditioner_of(flow) for flow in self.flows]
         # Beside a layer's, a sample has values of its own, its noise and source for instance.
         values_a_frame = model.encoder.hop_length * (1 + max(net.channels / net.squeeze for net in nets))
-        kind = next(model.parameters()).device.type
+        weight = next(model.parameters())
+        kind = weight.device.type
         self.most_frames = max(1, int(STREAM_VALUES[kind] / values_a_frame))
-        self.in_compiled_code = kind == "cpu" and not torch.is_autocast_enabled(kind)
+        precise = weight.dtype in (torch.float32, torch.float64)
+        self.in_compiled_code = kind == "cpu" and precise and not torch.is_autocast_enabled(kind)
         self._conditioners: list[Blocks] = []
         self._consistent = None if consistency is None else ConsistentStream(consistency)
         self._phase: Tensor | None = None

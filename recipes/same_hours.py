@@ -1,11 +1,11 @@
 """Vocos and HiFi-GAN in a pair's time: another system trained on an experiment's corpus, for minutes of one processor.
 
     pip install --no-deps --target gan vocos==0.1.0 speechbrain==1.1.2 encodec einops "huggingface_hub<1" hyperpyyaml \
-        ruamel.yaml PyYAML requests urllib3 idna charset_normalizer sentencepiece
+        ruamel.yaml PyYAML requests urllib3 idna charset_normalizer sentencepiece certifi tqdm filelock fsspec
     export PYTHONPATH=gan
-    python recipes/same_hours.py exp/festvox_ru vocos --cpu-minutes 5 15 30 45
-    wavedistill evaluate festvox_ru --also vocos_45=exp/festvox_ru/same_hours/vocos/45min
-    python recipes/same_hours.py exp/festvox_ru --plot same_hours.png --pair-minutes 45
+    python recipes/same_hours.py exp/festvox_ru vocos --cpu-minutes 15 30 45 60
+    wavedistill evaluate festvox_ru --also vocos_60=exp/festvox_ru/same_hours/vocos/60min
+    python recipes/same_hours.py exp/festvox_ru --plot same_hours.png --pair-minutes 48
 
 The experiment is one that `wavedistill evaluate` has finished. Its train split is trained on, by the mel loss alone at
 first (`--mel-first`, Vocos's `pretrain_mel_steps`), and after each of the minutes, which are those of this process

@@ -169,7 +169,7 @@ TABLE = [
     ("a root's bracket the other way round", "flows/roots.py", "torch.where(found < value, x, low), torch.where(found < value, high, x)", "torch.where(found < value, low, x), torch.where(found < value, x, high)", "test_polynomials.py test_flows.py"),
     ("gate and filter swapped", "networks/wavenet.py", "filtered, gate = y.chunk(2, -1)", "gate, filtered = y.chunk(2, -1)", "test_wavenet.py"),
     ("skips of the last layer alone", "networks/wavenet.py", "skip = skip + out[..., : self.skip_channels]", "skip = out[..., : self.skip_channels]", "test_wavenet.py"),
-    ("no causal shift", "networks/wavenet.py", "return values[:, :-1]", "return values[:, 1:]", "test_wavenet.py"),
+    ("no causal shift", "networks/wavenet.py", "return values, values[:, :-1], known", "return values, values[:, 1:], known", "test_wavenet.py"),
     ("a group's later values seen", "networks/wavenet.py", "(part * given[:place])", "(part * given[1 : place + 1])", "test_wavenet.py test_flows.py test_sampling.py"),
     ("late weights from the start", "training/task.py", "if step < LATE * task.settings.steps:", "if False:", "test_training.py"),
     ("late weights in no step", "training/learner.py", "player.objective(terms, step)", "player.objective(terms, 0)", "test_training.py"),

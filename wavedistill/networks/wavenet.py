@@ -127,13 +127,10 @@ class WaveNet(Network):
                 block but the last has a multiple of `repeat` steps. None for a whole sequence.
         """
         batch_size, length = x.shape
-        covered = -(-length // self.repeat) * self.repeat
-        groups, repeat = covered // self.squeeze, self.repeat // self.squeeze
         previous = x.new_zeros(batch_size, self.squeeze) if state is None else state.previous
-        known = torch.cat([previous, x, x.new_zeros(batch_size, covered - length + self.border)], 1)
-        # Values where the groups of outputs are, from that on which the block before began.
-        values = known[:, self.border :].unflatten(1, (groups + 1, self.squeeze))
-        h = self._inputs(self.seen(values).transpose(0, 1), source, covered)  # (T / squeeze * B, C)
+        values, seen, last = self.in_groups(previous, x)
+        groups, repeat = seen.shape[1], self.repeat // self.squeeze
+        h = self._inputs(seen.transpose(0, 1), source)  # (T / squeeze * B, C)
         context = self.project(features)
         skip = x.new_zeros(1, 1)  # under autocast, sums stay as precise as x
         for i, dilation in enumerate(self.dilations):
@@ -154,7 +151,7 @@ class WaveNet(Network):
             before = hidden.new_zeros(batch_size, self.skip_channels) if state is None else state.hidden
             found = self._grouped(torch.cat([before, hidden]), values.transpose(0, 1))[:, self.squeeze - self.border :]
         if state is not None:
-            state.previous.copy_(known[:, length : length + self.squeeze])
+            state.previous.copy_(last)
             state.hidden.copy_(hidden[-batch_size:])
             state.advance(length // self.squeeze)
         return found[:, :length]
@@ -200,24 +197,34 @@ class WaveNet(Network):
         projected = product(features.transpose(0, 1), self.context.weight, self.context.bias)
         return projected.unflatten(-1, (len(self.gates), -1)).transpose(1, 2)
 
-    def seen(self, values: Tensor) -> Tensor:
-        """What the network sees of values (B, N + 1, squeeze): the causal shift, each group the one before it."""
-        return values[:, :-1]
+    def in_groups(self, previous: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A block x (B, T) after the last inputs before it (B, squeeze), in groups, filled up with zeros.
 
-    def beside(self, source: Tensor, covered: int) -> Tensor:
-        """The source (B, at least T + border, S) in groups (B, N, squeeze * S), which cover so many steps."""
-        here = slice(self.border, self.border + covered)
+        Returns:
+            Values (B, N + 1, squeeze) where the groups of outputs are, from that on which the block before began; what
+            N groups see of them (B, N, squeeze), which is the causal shift, each the group before; and the last inputs
+            (B, squeeze).
+        """
+        batch_size, length = x.shape
+        covered = -(-length // self.repeat) * self.repeat
+        known = torch.cat([previous, x, x.new_zeros(batch_size, covered - length + self.border)], 1)
+        values = known[:, self.border :].unflatten(1, (covered // self.squeeze + 1, self.squeeze))
+        return values, values[:, :-1], known[:, length : length + self.squeeze]
+
+    def beside(self, source: Tensor, groups: int) -> Tensor:
+        """The source (B, at least T + border, S) of so many groups (B, N, squeeze * S)."""
+        here = slice(self.border, self.border + groups * self.squeeze)
         if source.shape[1] < here.stop:
             source = F.pad(source, (0, 0, 0, here.stop - source.shape[1]))
-        return source[:, here].unflatten(1, (-1, self.squeeze)).flatten(2)
+        return source[:, here].unflatten(1, (groups, self.squeeze)).flatten(2)
 
-    def _inputs(self, values: Tensor, source: Tensor | None, covered: int) -> Tensor:
+    def _inputs(self, values: Tensor, source: Tensor | None) -> Tensor:
         """The first layer's (N * B, C), of values (N, B, squeeze) and of the source (B, at least T + border, S)."""
         own, beside = self.input.weight.tensor_split([self.squeeze], 1)
         h = product(values.flatten(0, 1), own, self.input.bias)
         if source is None:
             return h
-        return added(h, self.beside(source, covered).transpose(0, 1).flatten(0, 1), beside)
+        return added(h, self.beside(source, values.shape[0]).transpose(0, 1).flatten(0, 1), beside)
 
     def _gates(self, i: int, taps: list[Tensor], context: Tensor | None, rows: tuple[int, ...]) -> Tensor:
         """The dilated convolution of layer i, one product a tap (N, C), and its conditioning; nothing is stacked.

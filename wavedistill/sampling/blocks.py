@@ -24,6 +24,7 @@ from wavedistill.sampling.tiles import (
     gate,
     pack,
     residual_first,
+    signed_taps,
     with_bias,
 )
 
@@ -65,20 +66,24 @@ class CompiledBlocks(Blocks):
     def __init__(self, net: WaveNet, batch_size: int, room: int) -> None:
         self.net = net
         gates, outputs = (cast(list[nn.Linear], list(each)) for each in (net.gates, net.outputs))
-        # The gates as what their exponentials are taken of, 2f and -g.
-        signs = net.input.weight.new_tensor([2.0, -1.0]).repeat_interleave(net.channels)
+        kind, self._groups = array(net.input.bias).dtype, room // net.squeeze
+        lanes = ROWS_BYTES // kind.itemsize
+        signs, taps = signed_taps(net)
+        # What gates are beside their taps, filled up to whole tiles.
+        fill = -len(signs) % lanes
         bias = torch.stack([layer.bias for layer in gates])
         if net.context is not None:
             bias = bias + net.context.bias.view_as(bias)
-            self._context = (net.context.weight.unflatten(0, bias.shape) * signs[:, None]).flatten(0, 1)
-        self._bias = (bias * signs).flatten()
+            rows = net.context.weight.unflatten(0, bias.shape) * signs[:, None]
+            self._context = F.pad(rows, (0, 0, 0, fill)).flatten(0, 1)
+        self._bias = F.pad(bias * signs, (0, fill))
         self._weights = (
             np.array(net.dilations),
             *(
                 pack(weight, ROWS_BYTES)
                 for weight in (
                     with_bias(net.input),
-                    torch.stack([layer.weight.t() * signs for layer in gates]).unflatten(1, (net.kernel_size, -1)),
+                    taps,
                     torch.stack([residual_first(layer, net.skip_channels, net.channels) for layer in outputs]),
                     with_bias(net.hidden),
                     with_bias(net.head),
@@ -86,44 +91,39 @@ class CompiledBlocks(Blocks):
             ),
             net.skip_channels,
         )
-        kind, self._groups = array(net.input.bias).dtype, room // net.squeeze
         self._previous = net.input.weight.new_zeros(batch_size, net.squeeze)
-        lanes = ROWS_BYTES // kind.itemsize
-        width = -(-net.channels // lanes) * lanes
-        rows = (net.kernel_size - 1) * np.array(net.dilations) + self._groups  # past and block of each layer
-        self._history = np.zeros((batch_size, rows.sum(), width), kind)
-        self._starts = rows.cumsum() - rows
+        lengths = (net.kernel_size - 1) * np.array(net.dilations) + self._groups  # past and block of each layer
+        self._history = np.zeros((batch_size, lengths.sum(), net.channels + -net.channels % lanes), kind)
+        self._starts = lengths.cumsum() - lengths
         self._hidden = np.zeros((batch_size, self._groups + 1, net.skip_channels + 1), kind)
         self._hidden[:, :, net.skip_channels] = 1
 
     def __call__(self, x: Tensor, features: Tensor | None = None, source: Tensor | None = None) -> Tensor:
         net, (batch_size, length), squeeze = self.net, x.shape, self.net.squeeze
-        covered = -(-length // net.repeat) * net.repeat
-        known = torch.cat([self._previous, x, x.new_zeros(batch_size, covered - length + net.border)], 1)
-        values = known[:, net.border :].unflatten(1, (-1, squeeze))
-        inputs = [net.seen(values), *([] if source is None else [net.beside(source, covered)])]
-        inputs.append(values.new_ones(1, 1, 1).expand(batch_size, covered // squeeze, 1))
+        values, seen, last = net.in_groups(self._previous, x)
+        groups = seen.shape[1]
+        inputs = [seen, *([] if source is None else [net.beside(source, groups)])]
+        inputs.append(values.new_ones(1, 1, 1).expand(batch_size, groups, 1))
         context = self._projected(features, batch_size)
         # Compiled code does not look.
-        if covered > self._groups * squeeze or (features is not None and covered > features.shape[1] * net.repeat):
+        if groups > self._groups or (features is not None and length > features.shape[1] * net.repeat):
             raise ValueError(f"a block of {length} steps is longer than its room or its features")
         found = np.empty((batch_size, net.outputs_a_step, length), self._history.dtype)
         repeat = net.repeat // squeeze if net.context is not None else np.iinfo(np.int64).max
-        context = F.pad(context, (0, -context.shape[-1] % (ROWS_BYTES // context.element_size())))
         rows = (array(torch.cat(inputs, 2)), array(values), array(context), self._history, self._hidden, found)
         for row in zip(*rows, strict=True):
             _block(*row, squeeze - net.border, repeat, self._starts, *self._weights)  # type: ignore[call-arg]
-        self._previous = known[:, length : length + squeeze]
+        self._previous = last
         return torch.from_numpy(found).transpose(1, 2)
 
     def _projected(self, features: Tensor | None, batch_size: int) -> Tensor:
-        """What the gates are beside their taps (B, F', layers, 2 C); without conditioning, one for all time."""
-        shape = (len(self.net.gates), 2 * self.net.channels)
+        """What the gates are beside their taps (B, F', layers, 2 C or more); without conditioning, one for all time."""
         if self.net.context is None:
-            return self._bias.view(1, 1, *shape).expand(batch_size, -1, -1, -1)
+            return self._bias.expand(batch_size, 1, -1, -1)
         if features is None:
             raise ValueError("this network is conditional: it needs features")
-        return product(features.flatten(0, 1), self._context, self._bias).view(*features.shape[:2], *shape)
+        projected = product(features.flatten(0, 1), self._context, self._bias.flatten())
+        return projected.view(*features.shape[:2], *self._bias.shape)
 
 
 # Division as in numpy: checked for zero as in Python, it is no vector instruction.

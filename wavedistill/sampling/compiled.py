@@ -24,6 +24,7 @@ from wavedistill.sampling.tiles import (
     gate,
     pack,
     residual_first,
+    signed_taps,
     with_bias,
 )
 
@@ -50,12 +51,10 @@ class CompiledLoop:
         features, source = (*context, None, None)[:2]
         projected, state = net.project(features), WaveNetState(net, batch_size, 0)
         gates, outputs = (cast(list[nn.Linear], list(each)) for each in (net.gates, net.outputs))
-        # The gates as what their exponentials are taken of, 2f and -g.
-        signs = net.input.weight.new_tensor([2.0, -1.0]).repeat_interleave(net.channels)
+        signs, taps = signed_taps(net)
         biases = torch.stack([gate.bias for gate in gates])[:, None]  # (layers, 1, 2C)
         # Without conditioning, one feature for all time.
         folded = (biases.expand(1, -1, batch_size, -1) if projected is None else projected + biases) * signs
-        taps = torch.stack([gate.weight.t() * signs for gate in gates]).unflatten(1, (net.kernel_size, -1))
         source = net.input.weight.new_zeros(batch_size, 0, 0) if source is None else source
         self._time = 0
         self._rows = list(

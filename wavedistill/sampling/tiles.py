@@ -1,4 +1,4 @@
-"""Vectors of a fixed width in compiled code, and the products and exponentials that are made of them."""
+"""Vectors of a fixed width in compiled code, what is computed with them, and a network's layers laid out for it."""
 
 import math
 from collections.abc import Callable
@@ -13,6 +13,8 @@ from llvmlite.binding import get_host_cpu_features
 from numba.core import types
 from numba.extending import intrinsic, models, overload, register_model
 from torch import Tensor, nn
+
+from wavedistill.networks.wavenet import WaveNet
 
 TILE_BYTES = 256
 """Outputs that a product of matrix and vector keeps in registers: 64 in float32."""
@@ -43,6 +45,13 @@ def residual_first(output: nn.Linear, skips: int, channels: int) -> Tensor:
     """As `with_bias`, residual then skip; the last layer, which has no residual path, gets one of zeros."""
     skip, residual = with_bias(output).tensor_split([skips], 1)
     return torch.cat([F.pad(residual, (0, channels - residual.shape[1])), skip], 1)
+
+
+def signed_taps(net: WaveNet) -> tuple[Tensor, Tensor]:
+    """Signs (2 C,) of gates that are what their exponentials are taken of, 2f and -g, and taps (layers, K, C, 2 C)."""
+    signs = net.input.weight.new_tensor([2.0, -1.0]).repeat_interleave(net.channels)
+    weights = torch.stack([cast(nn.Linear, layer).weight.t() * signs for layer in net.gates])
+    return signs, weights.unflatten(1, (net.kernel_size, -1))
 
 
 def exponential(values: np.ndarray) -> None:
